@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base classes of what an entry of ``process`` in the protocol names."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from modelslim.types import LinearInfo, Problem, QuantSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from modelslim.statistics import Statistic, UnitStatistics
+
+Pattern = tuple[tuple[str | int, ...], str]
+"""A pattern with its place relative to the algorithm's configuration: ``(("include", 0), "*mlp*")``."""
+
+
+Entry = tuple[tuple[str | int, ...], Mapping[str, Any]]
+"""A configuration with its place relative to the entry that holds it: ``(("configs", 0), {...})``."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What an algorithm sees of a unit.
+
+    Attributes:
+        name: dotted path of the unit in the model; empty for the linears outside all units.
+        linears: the unit's linears by their full names, with their weights loaded.
+        specs: what the plan gave to *this* algorithm, by linear name; a subset of ``linears``.
+    """
+
+    name: str
+    linears: Mapping[str, nn.Module]
+    specs: Mapping[str, QuantSpec]
+
+
+class Processor:
+    """What an entry of ``process`` names: an algorithm, or something that stands for several entries."""
+
+    @classmethod
+    def expand(cls, config: Mapping[str, Any]) -> Sequence[Entry]:
+        """The entries that this one stands for, in the order in which they run.
+
+        Args:
+            config: the entry, ``type`` included, which its JSON Schema fragment has accepted.
+        """
+        raise NotImplementedError
+
+
+class Algorithm(Processor, ABC):
+    """Does maths on a unit; knows no model family, no file format and no device.
+
+    The engine calls, in this order: ``from_config``, ``patterns``, ``select`` and ``check`` while
+    planning, then ``needs`` and ``apply`` for every unit.
+
+    Attributes:
+        requires: hooks of the adapter without which the algorithm cannot work.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def expand(cls, config: Mapping[str, Any]) -> Sequence[Entry]:
+        """An algorithm stands for itself."""
+        return [((), config)]
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Algorithm:
+        """Make the algorithm from its entry of ``process``, which its JSON Schema fragment has accepted.
+
+        Args:
+            config: the entry, ``type`` included.
+        """
+
+    def patterns(self) -> Sequence[Pattern]:
+        """The name patterns of the configuration; the plan refuses one that matches no linear of the model."""
+        return ()
+
+    def select(self, linears: Sequence[LinearInfo]) -> Mapping[str, QuantSpec]:
+        """Which linears become what, by name; empty when the algorithm quantizes nothing itself.
+
+        Args:
+            linears: all linears of the model, those outside the units included.
+        """
+        return {}
+
+    def check(self, linears: Sequence[LinearInfo]) -> Sequence[Problem]:
+        """What this algorithm cannot do to this model, found before a weight is read."""
+        return ()
+
+    def needs(self, unit: Unit) -> Mapping[str, frozenset[type[Statistic]]]:
+        """Statistics wanted of the inputs of the unit's linears, by linear name. Empty: no calibration."""
+        return {}
+
+    @abstractmethod
+    def apply(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, nn.Module]:
+        """Do the work on a unit.
+
+        Args:
+            unit: the unit, weights loaded.
+            statistics: what ``needs`` asked for.
+
+        Returns:
+            Modules that replace linears, by linear name.
+
+        Raises:
+            QuantizationError: the numbers do not allow it; names the linear.
+        """

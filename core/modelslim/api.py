@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public names for the authors of plugins: the only module of the core that a plugin imports."""
+
+from modelslim.algorithm import Algorithm, Entry, Pattern, Processor, Unit
+from modelslim.devices import one_thread
+from modelslim.driver import drive
+from modelslim.errors import (
+    CapabilityError,
+    DatasetError,
+    InvalidDatasetError,
+    ModelError,
+    ModelSlimError,
+    PluginError,
+    ProtocolError,
+    QuantizationError,
+    SaveError,
+    UsageError,
+    nearest,
+)
+from modelslim.hookspecs import hookimpl
+from modelslim.patterns import Selector
+from modelslim.quantized import QuantizedLinear, QuantizedTensor, range_to_scale
+from modelslim.saver import PlannedModel, SavedLinear, Saver, TensorRecord
+from modelslim.statistics import Statistic, TensorRange, TokenCount, UnitStatistics
+from modelslim.types import FLOAT, LinearInfo, Problem, ProcessRequest, QuantSpec, TensorSpec, WeightSource
+
+__all__ = [
+    "FLOAT",
+    "Algorithm",
+    "CapabilityError",
+    "DatasetError",
+    "Entry",
+    "InvalidDatasetError",
+    "LinearInfo",
+    "ModelError",
+    "ModelSlimError",
+    "Pattern",
+    "PlannedModel",
+    "PluginError",
+    "Problem",
+    "ProcessRequest",
+    "Processor",
+    "ProtocolError",
+    "QuantSpec",
+    "QuantizationError",
+    "QuantizedLinear",
+    "QuantizedTensor",
+    "SaveError",
+    "SavedLinear",
+    "Saver",
+    "Selector",
+    "Statistic",
+    "TensorRange",
+    "TensorRecord",
+    "TensorSpec",
+    "TokenCount",
+    "Unit",
+    "UnitStatistics",
+    "UsageError",
+    "WeightSource",
+    "drive",
+    "hookimpl",
+    "nearest",
+    "one_thread",
+    "range_to_scale",
+]

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an exception means to the person at the command line: the one table of exit codes, and the words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+
+from modelslim.errors import (
+    CapabilityError,
+    DatasetError,
+    Diagnostic,
+    ModelError,
+    ModelSlimError,
+    PluginError,
+    ProtocolError,
+    QuantizationError,
+    SaveError,
+    UsageError,
+)
+
+DONE = 0
+FAILED = 1
+WRONG_INPUT = 2
+WRONG_PLUGIN = 3
+OUR_BUG = 70
+INTERRUPTED = 130
+
+EXIT_CODES: Sequence[tuple[type[BaseException], int]] = (
+    (QuantizationError, FAILED),
+    (SaveError, FAILED),
+    (UsageError, WRONG_INPUT),
+    (ProtocolError, WRONG_INPUT),
+    (CapabilityError, WRONG_INPUT),
+    (ModelError, WRONG_INPUT),
+    (DatasetError, WRONG_INPUT),
+    (PluginError, WRONG_PLUGIN),
+    (ModelSlimError, FAILED),
+    (click.ClickException, WRONG_INPUT),
+    (click.Abort, INTERRUPTED),
+    (KeyboardInterrupt, INTERRUPTED),
+)
+"""The first row whose type fits decides; what fits none is our bug."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """An error in words.
+
+    Attributes:
+        kind: name of the error class, ``InternalError`` for our bug, ``Interrupted``.
+        message: what is wrong.
+        hint: what to do; empty when the message or the diagnostics say it.
+        diagnostics: the single mistakes with their places.
+    """
+
+    kind: str
+    message: str
+    hint: str = ""
+    diagnostics: tuple[Diagnostic, ...] = ()
+
+    def as_data(self) -> dict[str, Any]:
+        """The JSON object that stands for the error."""
+        return {"error": asdict(self)}
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that the error gives."""
+    return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), OUR_BUG)
+
+
+def describe(error: BaseException) -> Report:
+    """The error in words."""
+    if isinstance(error, ModelSlimError):
+        return Report(type(error).__name__, error.message, error.hint, tuple(error.diagnostics))
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        hint = f"see `{context.command_path} --help`" if context is not None else ""
+        return Report("UsageError", error.format_message(), hint)
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return Report("Interrupted", "interrupted")
+    return Report(
+        "InternalError",
+        f"internal error: {type(error).__name__}: {error}".removesuffix(": "),
+        "this is a bug, of ModelSlim or of a plugin; MODELSLIM_LOG_LEVEL=DEBUG shows the traceback",
+    )
+
+
+def wants_traceback(environ: Mapping[str, str]) -> bool:
+    """True when the environment asks for debugging output; the second variable is the integration guide's."""
+    level = environ.get("MODELSLIM_LOG_LEVEL") or environ.get("MSMODELSLIM_LOG_LEVEL", "")
+    return level.upper() == "DEBUG"

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the commands write: data to stdout, words for people to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import IO, Any, Literal
+
+import click
+
+from modelslim.cli.errors import Report, describe
+
+Mode = Literal["human", "json", "quiet"]
+
+
+class Output:
+    """One command's output.
+
+    Attributes:
+        mode: ``human``: tables on stdout, notes on stderr. ``json``: exactly one JSON document on
+            stdout, notes on stderr. ``quiet``: only warnings and errors, on stderr.
+    """
+
+    def __init__(self, mode: Mode = "human") -> None:
+        self.mode: Mode = mode
+        self._has_data = False
+
+    @property
+    def is_interactive(self) -> bool:
+        """True when a progress bar on stderr would be seen by a person and disturb nothing."""
+        return self.mode == "human" and _is_terminal(sys.stderr)
+
+    def note(self, text: str) -> None:
+        """Tell people something."""
+        if self.mode != "quiet":
+            self._say(text)
+
+    def warn(self, text: str) -> None:
+        """Tell people something that they should act on."""
+        self._say(f"{click.style('warning:', fg='yellow', bold=True)} {text}")
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Show data to people; nothing unless the mode is human. Columns that are all empty make no header."""
+        if self.mode != "human":
+            return
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        # A file or a pipe gets whole lines, whatever their length; a terminal gets folded cells.
+        width = None if _is_terminal(sys.stdout) else 10_000
+        console = Console(file=sys.stdout, width=width, no_color=_no_color())
+        table = Table(
+            title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False, show_header=any(columns)
+        )
+        for column in columns:
+            table.add_column(Text(column, style="bold"), overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(str(cell)) for cell in row))
+        with console.capture() as capture:
+            console.print(table)
+        for line in capture.get().splitlines():
+            click.echo(line.rstrip(), color=False if _no_color() else None)
+
+    def data(self, obj: Any) -> None:
+        """Give the command's result to programs; nothing unless the mode is json.
+
+        Raises:
+            RuntimeError: a second document.
+        """
+        if self.mode == "json":
+            self.document(obj)
+
+    def document(self, obj: Any) -> None:
+        """Write a JSON document to stdout in every mode, for commands whose result is one.
+
+        Raises:
+            RuntimeError: a second document.
+        """
+        if self._has_data:
+            raise RuntimeError("a command writes one JSON document")
+        text = json.dumps(obj, indent=2, allow_nan=False)
+        self._has_data = True
+        click.echo(text)
+
+    def error(self, error: BaseException) -> None:
+        """Report the error that ends the command: in json mode as the document, else to people."""
+        report = describe(error)
+        if self.mode == "json" and not self._has_data:
+            self.document(report.as_data())
+        else:
+            self._say(_lines(report))
+
+    def _say(self, text: str) -> None:
+        click.echo(text, err=True, color=False if _no_color() else None)
+
+
+pass_output = click.make_pass_decorator(Output, ensure=True)
+"""Gives a command its Output as first argument."""
+
+
+def _lines(report: Report) -> str:
+    """An error for people: the message, one line per diagnostic with its hint below, the hint."""
+    hint = click.style("hint:", fg="cyan")
+    lines = [f"{click.style('error:', fg='red', bold=True)} {report.message}"]
+    for diagnostic in report.diagnostics:
+        lines.append(": ".join(part for part in (diagnostic.place, diagnostic.path, diagnostic.message) if part))
+        if diagnostic.hint:
+            lines.append(f"    {hint} {diagnostic.hint}")
+    if report.hint:
+        lines.append(f"{hint} {report.hint}")
+    return "\n".join(lines)
+
+
+def _is_terminal(stream: IO[str] | None) -> bool:
+    """False for a file, a pipe, and a stream that was closed before the program began."""
+    return stream is not None and stream.isatty()
+
+
+def _no_color() -> bool:
+    return bool(os.environ.get("NO_COLOR"))

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``modelslim plan``: what quant would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from modelslim.cli.options import (
+    config_path_option,
+    device_option,
+    json_option,
+    model_path_option,
+    model_type_option,
+    trust_remote_code_option,
+)
+from modelslim.cli.output import Output, pass_output
+
+
+@click.command()
+@model_path_option
+@config_path_option
+@device_option
+@model_type_option
+@trust_remote_code_option
+@json_option
+@pass_output
+def command(
+    output: Output,
+    model_path: Path,
+    config_path: Path,
+    device: str | None,
+    model_type: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Show what quant would do, and refuse what it could not.
+
+    Reads config.json, the headers of the weight files and the calibration data; no weight.
+    """
+    from modelslim.devices import prepare_threads
+
+    prepare_threads()
+    from modelslim.plan import make_plan
+    from modelslim.plan_table import as_data, rows
+
+    plan = make_plan(model_path, config_path, device=device, model_type=model_type, trust_remote_code=trust_remote_code)
+    for warning in plan.warnings:
+        output.warn(warning)
+    output.table(
+        f"{len(plan.info.units)} units of {model_path}",
+        ["weights", "count", "shape", "becomes", "because of"],
+        [(row.pattern, row.count, " x ".join(map(str, row.shape)), row.scheme, row.why) for row in rows(plan)],
+    )
+    data = as_data(plan)
+    before, after = data["bytes_before"], data["bytes_after"]
+    calibration = "none"
+    if plan.dataset is not None:
+        calibration = f"one pass over {len(plan.samples)} samples of {plan.dataset.name}"
+    output.table(
+        "",
+        ["", ""],
+        [
+            ("size", f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB"),
+            ("calibration", calibration),
+            ("device", plan.device),
+            ("runner", plan.runner),
+            ("adapter", plan.adapter),
+        ],
+    )
+    output.data(data)

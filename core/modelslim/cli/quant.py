@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``modelslim quant``: the main job."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import click
+
+from modelslim.cli.options import (
+    config_path_option,
+    device_option,
+    json_option,
+    model_path_option,
+    model_type_option,
+    quiet_option,
+    save_path_option,
+    trust_remote_code_option,
+)
+from modelslim.cli.output import Output, pass_output
+
+
+@click.command()
+@model_path_option
+@save_path_option
+@config_path_option
+@device_option
+@model_type_option
+@trust_remote_code_option
+@json_option
+@quiet_option
+@pass_output
+def command(
+    output: Output,
+    model_path: Path,
+    save_path: Path,
+    config_path: Path,
+    device: str | None,
+    model_type: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Quantize a model and write the result.
+
+    Everything that can be wrong is refused before a weight is read. The result appears under its
+    name only when it is whole; until then it grows in <save_path>.partial.
+    """
+    from modelslim.devices import prepare_threads
+
+    prepare_threads()
+    from modelslim.cli.progress import progress
+    from modelslim.plan import make_plan
+    from modelslim.run import run_plan
+    from modelslim.writer import check_save_path
+
+    start = time.monotonic()
+    check_save_path(save_path, model_path)
+    # What a plugin prints is not this command's result.
+    with progress(output, "quantizing") as observers, redirect_stdout(sys.stderr):
+        plan = make_plan(
+            model_path,
+            config_path,
+            device=device,
+            model_type=model_type,
+            trust_remote_code=trust_remote_code,
+            observers=observers,
+        )
+        for warning in plan.warnings:
+            output.warn(warning)
+        report = run_plan(plan, save_path)
+    output.table(f"Quantized in {time.monotonic() - start:.1f} s", ["", ""], summary(report))
+    output.data(report)
+
+
+def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The report in a few lines."""
+    before, after = report["bytes_before"], report["bytes_after"]
+    schemes = ", ".join(f"{count} linears {scheme}" for scheme, count in report["schemes"].items())
+    calibration = f"{report['samples']} samples of {Path(report['dataset']).name}" if report["samples"] else "none"
+    rows = [
+        ("result", report["save_path"]),
+        ("schemes", schemes),
+        ("size", f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({before / after:.2f} times smaller)"),
+        ("calibration", calibration),
+    ]
+    if report["peak_memory_bytes"]:
+        rows.append(("peak memory", f"{report['peak_memory_bytes'] / 1e6:,.0f} MB, imports included"))
+    return rows

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices behind torch.accelerator; no other file names a kind of device."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from modelslim.errors import PluginError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KINDS = ("cpu", "cuda", "npu")
+_GRAMMAR = re.compile(r"(?P<kind>[a-z]+)(?::(?P<indices>\d+(?:,\d+)*))?", re.IGNORECASE)
+
+
+def resolve_device(text: str | None) -> str:
+    """The torch device that ``--device`` means.
+
+    Args:
+        text: ``cpu``, ``cuda``, ``npu``, the latter two with an index as in ``cuda:1``; None for the
+            best device that is there.
+
+    Raises:
+        UsageError: the text is not a device, or the device does not exist here.
+        PluginError: the device's torch extension is installed and cannot be loaded.
+    """
+    if text is None:
+        return _best()
+    match = _GRAMMAR.fullmatch(text)
+    if match is None or match["kind"].lower() not in KINDS:
+        word = text.partition(":")[0].lower()
+        if word == "gpu":
+            word = "cuda"
+        raise UsageError(
+            f"--device {text!r} is not a device",
+            hint=f"{nearest(word, KINDS)}; write cpu, cuda, cuda:0, npu or npu:0",
+        )
+    kind = match["kind"].lower()
+    indices = [int(index) for index in match["indices"].split(",")] if match["indices"] else []
+    if len(set(indices)) != len(indices):
+        raise UsageError(f"--device {text!r} lists an index twice", hint="list every device once")
+    if len(indices) > 1:
+        raise UsageError(
+            f"--device {text!r} lists {len(indices)} devices, and the layer_wise runner uses one",
+            hint=f"use --device {kind}:{indices[0]}",
+        )
+    if kind == "cpu":
+        if indices not in ([], [0]):
+            raise UsageError(f"--device {text!r} does not exist", hint="the CPU has no index; use --device cpu")
+        return "cpu"
+    count = _count(kind)
+    index = indices[0] if indices else 0
+    if index >= count:
+        there = f"this machine has {count} ({kind}:0 to {kind}:{count - 1})" if count else "this machine has none"
+        raise UsageError(f"--device {text!r} does not exist: {there}", hint=f"the best here is --device {_best()}")
+    return f"{kind}:{index}"
+
+
+def _best() -> str:
+    for kind in ("npu", "cuda"):
+        if _count(kind):
+            return f"{kind}:0"
+    return "cpu"
+
+
+def _count(kind: str) -> int:
+    """Number of devices of a kind that torch can use here."""
+    import torch
+
+    if kind == "npu":
+        _load_npu()
+    module = getattr(torch, kind, None)
+    return int(module.device_count()) if module is not None and module.is_available() else 0
+
+
+def _load_npu() -> None:
+    """Import the NPU's extension of torch, when it is installed."""
+    from importlib.util import find_spec
+
+    if "torch_npu" in sys.modules or find_spec("torch_npu") is None:
+        return
+    try:
+        import torch_npu  # noqa: F401  (registers the device)
+    except (ImportError, RuntimeError, OSError) as error:
+        raise PluginError(
+            f"torch_npu is installed and cannot be loaded: {error}",
+            hint="source the CANN environment (set_env.sh), or uninstall torch_npu; with it installed and no CANN, "
+            "torch itself needs TORCH_DEVICE_BACKEND_AUTOLOAD=0 to import",
+        ) from error
+
+
+def prepare_threads() -> None:
+    """Let idle compute threads sleep; spinning ones double the CPU seconds of a run. Call before importing torch."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute without helper threads, where waking them costs more than they save.
+
+    Elementwise work on blocks that fit the cache is such a case: one thread was as fast as two and
+    took half the CPU seconds. Holds for the calling thread only.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def work_alone() -> None:
+    """Make the calling thread compute without helper threads for good; for threads beside the main one."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device, so that a measured time is true."""
+    import torch
+
+    if not device.startswith("cpu"):
+        torch.accelerator.synchronize(device)
+
+
+def has_integer_matmul(x: Tensor, weight: Tensor) -> bool:
+    """True when the device multiplies int8 x [tokens, in] by int8 weight [out, in] and sums in 32 bits."""
+    if x.is_cpu:
+        return True
+    # cuBLASLt wants more than 16 rows and dimensions in multiples of 8.
+    return x.is_cuda and x.shape[0] > 16 and x.shape[1] % 8 == 0 and weight.shape[0] % 8 == 0

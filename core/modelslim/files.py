@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files beside the weights: tokenizer, processor, chat template, code, licence."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from modelslim.writer import save_error
+
+# The weights in any layout, and indices that would send an engine to them.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz")
+_INDEX = ".index.json"
+_DESCRIPTION = "quant_model_description"
+
+
+def companions(source: Path) -> Iterator[Path]:
+    """Files of a checkpoint that the result needs too, relative to its directory; config.json is left out."""
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        if any(part.startswith(".") or part == "__pycache__" for part in relative.parts) or not file.is_file():
+            continue
+        if file.suffix in _WEIGHTS or file.name.endswith(_INDEX) or file.name.startswith(_DESCRIPTION):
+            continue
+        if relative != Path("config.json"):
+            yield relative
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy them; links are followed, since a model in a cache consists of links.
+
+    Raises:
+        SaveError: a file cannot be copied.
+    """
+    relative = Path()
+    try:
+        for relative in companions(source):
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / relative, target / relative)
+    except OSError as error:
+        raise save_error(target / relative, error) from error

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hooks of ModelSlim, in pluggy's terms. This file is the manual of an adapter's author.
+
+A run has one plugin manager with one adapter and the vendor plugins, nothing global. The hooks of
+the model are ``firstresult``: the adapter answers, a vendor may wrap. An implementation may take
+fewer arguments than the specification; it must not give them defaults, since pluggy never fills
+those. A hook that an adapter leaves out is a capability that it does not have: the plan compares
+what the algorithms need with what is there, before a weight is read.
+
+    from modelslim.api import hookimpl
+
+    class TinyAdapter:
+        def __init__(self, model_type, model_path, trust_remote_code=False): ...
+
+        @hookimpl
+        def init_model(self, device): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from modelslim.types import ProcessRequest, WeightSource
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PROJECT = "modelslim"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec(firstresult=True)
+def init_model(device: str) -> nn.Module:  # type: ignore[empty-body]
+    """Build the model: eval mode, no cache, the small parts loaded, the units on meta.
+
+    Args:
+        device: where the small parts go (embeddings, norms outside the units, buffers). With
+            ``meta`` nothing is loaded at all: the plan wants names and shapes only.
+
+    Returns:
+        The model. Parameters still on meta are filled by the engine, unit by unit.
+
+    Example::
+
+        @hookimpl
+        def init_model(self, device):
+            with torch.device("meta"):
+                model = MyModel(self.config).eval()
+            if device != "meta":
+                model.embed_tokens.to_empty(device=device).load_state_dict(...)
+            return model
+    """
+
+
+@hookspec(firstresult=True)
+def handle_dataset(dataset: Sequence[Any], device: str) -> list[Any]:  # type: ignore[empty-body]
+    """Turn calibration samples into inputs of the model.
+
+    Args:
+        dataset: the samples as read from the data file; for text, a list of strings.
+        device: where the tensors go.
+
+    Returns:
+        One input per sample, in the form that ``generate_model_forward`` takes.
+
+    Example::
+
+        @hookimpl
+        def handle_dataset(self, dataset, device):
+            return [self.tokenizer(text, return_tensors="pt").to(device) for text in dataset]
+    """
+
+
+@hookspec(firstresult=True)
+def generate_model_visit(model: nn.Module) -> Iterable[ProcessRequest]:  # type: ignore[empty-body]
+    """Yield the units in the order of the forward, without data.
+
+    Args:
+        model: what ``init_model`` gave.
+
+    Returns:
+        Requests whose args and kwargs are empty. Each unit comes once.
+
+    Example::
+
+        @hookimpl
+        def generate_model_visit(self, model):
+            for index, layer in enumerate(model.layers):
+                yield ProcessRequest(f"layers.{index}", layer)
+    """
+
+
+@hookspec(firstresult=True)
+def generate_model_forward(  # type: ignore[empty-body]
+    model: nn.Module, inputs: Any
+) -> Generator[ProcessRequest, Any, Any]:
+    """Run the model on one input, yielding each unit instead of calling it.
+
+    Args:
+        model: what ``init_model`` gave.
+        inputs: one element of what ``handle_dataset`` gave.
+
+    Returns:
+        A generator. It yields the same units as ``generate_model_visit``, in the same order, with
+        the real arguments of the call, and receives the unit's output through ``send``. What it
+        returns is the model's output. The engine may close it after the last unit.
+
+    Example::
+
+        @hookimpl
+        def generate_model_forward(self, model, inputs):
+            hidden = model.embed_tokens(inputs["input_ids"])
+            for index, layer in enumerate(model.layers):
+                hidden = yield ProcessRequest(f"layers.{index}", layer, (hidden,), {})
+            return model.lm_head(model.norm(hidden))
+    """
+
+
+@hookspec(firstresult=True)
+def enable_kv_cache(model: nn.Module, need_kv_cache: bool) -> None:
+    """Switch the model's key/value cache on or off.
+
+    Args:
+        model: what ``init_model`` gave.
+        need_kv_cache: True when an algorithm observes the cache.
+
+    Returns:
+        None; absent means that the model never caches during calibration.
+
+    Example::
+
+        @hookimpl
+        def enable_kv_cache(self, model, need_kv_cache):
+            model.config.use_cache = need_kv_cache
+    """
+
+
+@hookspec(firstresult=True)
+def get_weight_sources(  # type: ignore[empty-body]
+    model: nn.Module, keys: Sequence[str]
+) -> Mapping[str, WeightSource]:
+    """Say which stored tensors make which parameters.
+
+    Args:
+        model: the model, possibly on meta.
+        keys: names of all tensors in the source checkpoint.
+
+    Returns:
+        By parameter or buffer name. Stored tensors that no source names are copied unchanged into
+        the result. Absent hook: every parameter is stored under its own name.
+
+    Example::
+
+        @hookimpl
+        def get_weight_sources(self, model, keys):
+            return {key.removeprefix("thinker."): WeightSource((key,)) for key in keys}
+    """
+
+
+@hookspec(firstresult=True)
+def get_adapter_config_for_subgraph(model: nn.Module) -> Sequence[Any]:  # type: ignore[empty-body]
+    """Describe what smoothing may rescale: norm-linear, ov, up-down and linear-linear subgraphs.
+
+    Args:
+        model: the model, possibly on meta.
+
+    Returns:
+        Subgraph descriptions. Absent: algorithms that need the topology are refused by the plan.
+
+    Example::
+
+        @hookimpl
+        def get_adapter_config_for_subgraph(self, model):
+            return [Subgraph("norm-linear", source="layers.0.norm", targets=["layers.0.q", "layers.0.k"])]
+    """
+
+
+@hookspec(firstresult=True)
+def get_ln_fuse_map(model: nn.Module) -> Any:
+    """Say which norms feed which linears, so that their gains can be folded before a rotation.
+
+    Args:
+        model: the model, possibly on meta.
+
+    Returns:
+        Norm name to linear names. Absent: rotations are refused by the plan.
+
+    Example::
+
+        @hookimpl
+        def get_ln_fuse_map(self, model):
+            return {"layers.0.norm": ["layers.0.q", "layers.0.k", "layers.0.v"]}
+    """
+
+
+@hookspec(firstresult=True)
+def get_bake_names(model: nn.Module) -> Any:
+    """Name the linears into which a LayerNorm's mean subtraction is folded before a rotation.
+
+    Args:
+        model: the model, possibly on meta.
+
+    Returns:
+        Linear names. Absent or None: the model has no LayerNorm whose mean must be folded.
+
+    Example::
+
+        @hookimpl
+        def get_bake_names(self, model):
+            return ["layers.0.out", "layers.0.down"]
+    """
+
+
+@hookspec(firstresult=True)
+def get_rotate_map(model: nn.Module, block_size: int) -> Any:
+    """Say which weights turn on which side when the residual stream is rotated.
+
+    Args:
+        model: the model, possibly on meta.
+        block_size: size of the diagonal blocks of the rotation; -1 for one full rotation.
+
+    Returns:
+        Rotation pairs. Absent: rotations are refused by the plan.
+
+    Example::
+
+        @hookimpl
+        def get_rotate_map(self, model, block_size):
+            return [RotatePair(left=["embed", "layers.0.out"], right=["layers.0.q", "lm_head"])]
+    """
+
+
+@hookspec
+def unit_started(name: str, index: int, total: int) -> None:
+    """Observe that the engine begins with a unit.
+
+    Args:
+        name: the unit.
+        index: its number, from 0.
+        total: how many units there are.
+
+    Returns:
+        Nothing; all observers are called.
+
+    Example::
+
+        @hookimpl
+        def unit_started(self, name): print(name)
+    """
+
+
+@hookspec
+def unit_finished(name: str, index: int, total: int, record: Mapping[str, Any]) -> None:
+    """Observe that a unit is calibrated, quantized and handed to the writer.
+
+    Args:
+        name: the unit.
+        index: its number, from 0.
+        total: how many units there are.
+        record: the unit's entry of report.json: seconds by phase, linears, tokens.
+
+    Returns:
+        Nothing; all observers are called.
+
+    Example::
+
+        @hookimpl
+        def unit_finished(self, name, record): log.info("%s %.1f s", name, record["seconds"])
+    """
+
+
+@hookspec
+def tensor_written(name: str, nbytes: int) -> None:
+    """Observe that a tensor lies in a weight file. Called from the writing thread.
+
+    Args:
+        name: the tensor's name in the result.
+        nbytes: its size.
+
+    Returns:
+        Nothing; all observers are called.
+
+    Example::
+
+        @hookimpl
+        def tensor_written(self, nbytes): self.total += nbytes
+    """
+
+
+@hookspec
+def run_finished(report: Mapping[str, Any]) -> None:
+    """Observe that the result lies under its final name.
+
+    Args:
+        report: the contents of report.json.
+
+    Returns:
+        Nothing; all observers are called.
+
+    Example::
+
+        @hookimpl
+        def run_finished(self, report): notify(report["save_path"])
+    """

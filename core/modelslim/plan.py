@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Resolves and checks all that can fail before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from modelslim.adapters import choose_adapter, open_session
+from modelslim.checkpoint import Checkpoint
+from modelslim.dataset import find_dataset, read_samples
+from modelslim.devices import resolve_device
+from modelslim.errors import DatasetError, Diagnostic, ModelSlimError, ProtocolError
+from modelslim.loader import Loader
+from modelslim.model_info import ModelInfo, describe
+from modelslim.plan_checks import Checks, Step, with_scale_dtypes
+from modelslim.protocol.model import Protocol
+from modelslim.protocol.validate import read_protocol
+from modelslim.registry import Registry
+from modelslim.saver import PlannedModel, Saver
+from modelslim.session import Session
+from modelslim.types import QuantSpec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run needs, checked.
+
+    Attributes:
+        protocol: what the YAML says.
+        checkpoint: the source, open.
+        session: the adapter and the other plugins of this run.
+        adapter: name of the adapter's entry point.
+        model: the model on meta.
+        info: its structure.
+        loader: fills ``model`` on ``device``; knows the source of every parameter.
+        steps: the algorithms, in the order of the protocol, groups unfolded.
+        saver: the saver.
+        planned: what the saver was told.
+        samples: calibration samples; empty when no algorithm needs any.
+        dataset: the file that they come from.
+        device: torch device of the computation.
+        runner: name of the runner.
+        registry: the installed plugins.
+        warnings: what the user should know and what does not stop the run.
+    """
+
+    protocol: Protocol
+    checkpoint: Checkpoint
+    session: Session
+    adapter: str
+    model: nn.Module
+    info: ModelInfo
+    loader: Loader
+    steps: Sequence[Step]
+    saver: Saver
+    planned: PlannedModel
+    samples: Sequence[Any]
+    dataset: Path | None
+    device: str
+    runner: str
+    registry: Registry
+    warnings: Sequence[str]
+
+    @property
+    def specs(self) -> Mapping[str, QuantSpec]:
+        """What the quantized linears become, by name."""
+        return self.planned.specs
+
+    def result_sizes(self) -> dict[str, int]:
+        """Name and bytes of every tensor of the result."""
+        sizes = {name: stored.nbytes for name, stored in self.checkpoint.tensors.items() if name not in self.replaced}
+        for name, spec in self.specs.items():
+            sizes.update(self.saver.encoded_sizes(self.info.linears[name], spec, self.info.dtype))
+        return sizes
+
+    @cached_property
+    def replaced(self) -> frozenset[str]:
+        """Stored tensors that quantized ones replace."""
+        keys: set[str] = set()
+        for name in self.specs:
+            for parameter in ("weight", "bias"):
+                source = self.loader.sources.get(f"{name}.{parameter}")
+                keys.update(source.keys if source else ())
+        return frozenset(keys)
+
+
+def make_plan(
+    model_path: Path,
+    config_path: Path,
+    *,
+    device: str | None = None,
+    model_type: str | None = None,
+    trust_remote_code: bool = False,
+    observers: Sequence[tuple[str, object]] = (),
+) -> Plan:
+    """Resolve a run and refuse what cannot work, all mistakes of the protocol at once.
+
+    Args:
+        model_path: directory of the float model.
+        config_path: the YAML protocol.
+        device: ``cpu``, ``cuda:0``, ...; None for the best that is there.
+        model_type: published model name or model_type; None to go by config.json.
+        trust_remote_code: allow code of the checkpoint to run.
+        observers: further plugins of this run, by name.
+
+    Raises:
+        ProtocolError, PluginError, CapabilityError, ModelError, DatasetError, UsageError: before
+            any weight is read.
+    """
+    registry = Registry.scan()
+    protocol, diagnostics = read_protocol(config_path, registry)
+    if protocol is None:
+        raise _refusal(config_path, diagnostics)
+    with _together_with(diagnostics):
+        target = resolve_device(device)
+        checkpoint = Checkpoint(model_path)
+        kind, name, remark = choose_adapter(checkpoint.config, model_type, registry)
+        session = open_session(
+            kind, name, checkpoint.config["model_type"], model_path, trust_remote_code, registry, observers
+        )
+        model = session.init_model("meta")
+        loader = Loader(model, checkpoint, session.get_weight_sources(model, list(checkpoint.tensors)), target)
+        loader.require_fit()
+        info = describe(model, list(session.generate_model_visit(model)), loader)
+    checks = Checks(protocol.document, info, diagnostics)
+    steps = checks.steps(((entry.path, entry.config) for entry in protocol.process), registry)
+    checks.unsupported(protocol)
+    if not protocol.save:  # the only entry has a mistake, which is among the diagnostics
+        raise _refusal(config_path, diagnostics)
+    saver: Saver = registry.load("savers", protocol.save[0].type).from_config(protocol.save[0].config)
+    steps = with_scale_dtypes(steps, saver, info.dtype)
+    specs = {linear: spec for step in steps for linear, spec in step.specs.items()}
+    planned = PlannedModel(checkpoint.config, info.dtype, info.linears, specs, frozenset(checkpoint.tensors))
+    checks.saver(saver, planned, protocol.save[0].path, steps)
+    calibrate = needs_calibration(steps, info, model)
+    checks.hooks(steps, session, calibrate)
+    dataset = _find_dataset(protocol, checks, registry, config_path.parent, calibrate)
+    with _together_with(diagnostics):
+        samples = read_samples(dataset) if dataset is not None else []
+    if diagnostics:
+        raise _refusal(config_path, diagnostics)
+    return Plan(
+        protocol=protocol,
+        checkpoint=checkpoint,
+        session=session,
+        adapter=name,
+        model=model,
+        info=info,
+        loader=loader,
+        steps=steps,
+        saver=saver,
+        planned=planned,
+        samples=samples,
+        dataset=dataset,
+        device=target,
+        runner="layer_wise" if protocol.runner == "auto" else protocol.runner,
+        registry=registry,
+        warnings=[*([remark] if remark else []), *checks.warnings, *_left_float(info, model)],
+    )
+
+
+def _find_dataset(protocol: Protocol, checks: Checks, registry: Registry, base: Path, calibrate: bool) -> Path | None:
+    """The calibration file, None when it is not wanted; a name that leads nowhere is a mistake in any case."""
+    if not calibrate and "dataset" not in protocol.document.value["spec"]:
+        return None
+    try:
+        dataset = find_dataset(protocol.dataset, registry, base)
+    except DatasetError as error:
+        checks.refuse(("spec", "dataset"), error.message, error.hint)
+        return None
+    return dataset if calibrate else None
+
+
+@contextmanager
+def _together_with(diagnostics: Sequence[Diagnostic]) -> Iterator[None]:
+    """Tell mistakes of the protocol together with another error, which must not hide them."""
+    try:
+        yield
+    except ModelSlimError as error:
+        error.diagnostics = [*error.diagnostics, *diagnostics]
+        raise
+
+
+def needs_calibration(steps: Sequence[Step], info: ModelInfo, model: nn.Module) -> bool:
+    """True when an algorithm wants statistics of some unit."""
+    modules = {name: model.get_submodule(name) for name in info.linears}
+    return any(step.algorithm.needs(step.unit("", modules)) for step in steps)
+
+
+def _left_float(info: ModelInfo, model: nn.Module) -> list[str]:
+    """A warning when fused experts stay float, since they are mostly the larger part of a model."""
+    experts = {name: prod(shape) for name, shape in info.fused.items() if len(shape) > 2}
+    if not experts:
+        return []
+    share = sum(experts.values()) / sum(parameter.numel() for parameter in model.parameters())
+    return [
+        f"{len(experts)} weights of fused experts, such as {next(iter(experts))}, stay float: {share:.0%} of all "
+        "parameters; this version quantizes linears only"
+    ]
+
+
+def _refusal(config_path: Path, diagnostics: Sequence[Diagnostic]) -> ProtocolError:
+    count = len(diagnostics)
+    ordered = sorted(diagnostics, key=lambda diagnostic: (diagnostic.line or 0, diagnostic.column or 0))
+    return ProtocolError(f"{config_path}: {count} mistake{'s' if count > 1 else ''}", diagnostics=ordered)

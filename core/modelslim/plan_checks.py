@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan's checks of the protocol against a model: every mistake becomes a diagnostic with its place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from modelslim.algorithm import Algorithm, Entry, Processor, Unit
+from modelslim.errors import Diagnostic, nearest
+from modelslim.model_info import ModelInfo
+from modelslim.patterns import matches, matches_name
+from modelslim.protocol.document import Document, format_path
+from modelslim.protocol.model import Protocol
+from modelslim.registry import Registry
+from modelslim.saver import PlannedModel, Saver
+from modelslim.session import Session
+from modelslim.types import Problem, QuantSpec
+
+Place = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """An algorithm with its place in the protocol and the linears that it quantizes.
+
+    Attributes:
+        algorithm: the algorithm.
+        path: its entry in the protocol.
+        specs: what it makes of which linears; empty for an algorithm that quantizes nothing itself.
+    """
+
+    algorithm: Algorithm
+    path: Place
+    specs: Mapping[str, QuantSpec]
+
+    def unit(self, name: str, modules: Mapping[str, Any]) -> Unit:
+        """The unit as this algorithm sees it.
+
+        Args:
+            name: the unit; empty for what lies outside all units.
+            modules: the unit's linears by name.
+        """
+        return Unit(name, modules, {linear: spec for linear, spec in self.specs.items() if linear in modules})
+
+
+class Checks:
+    """Collects what is wrong with a protocol for a model.
+
+    Args:
+        document: the protocol with its positions.
+        info: the model's structure.
+        diagnostics: what is known to be wrong already; more is appended.
+    """
+
+    def __init__(self, document: Document, info: ModelInfo, diagnostics: list[Diagnostic]) -> None:
+        self._document = document
+        self._info = info
+        self.diagnostics = diagnostics
+        self.warnings: list[str] = []
+
+    def refuse(self, path: Place, message: str, hint: str = "") -> None:
+        """Note a mistake at a place of the protocol."""
+        self.diagnostics.append(self._document.diagnostic(message, path, hint=hint))
+
+    def steps(self, entries: Iterable[Entry], registry: Registry) -> list[Step]:
+        """The algorithms of ``process``, groups unfolded, with what each claims."""
+        linears = list(self._info.linears.values())
+        claimed: dict[str, Place] = {}
+        steps = []
+        for path, config in self._unfold(entries, registry):
+            algorithm = registry.load("algorithms", config["type"]).from_config(config)
+            self._check_patterns(algorithm, path)
+            specs = algorithm.select(linears)
+            self._check_claims(specs, path, claimed)
+            for problem in algorithm.check(linears):
+                self._add(problem, path, {})
+            steps.append(Step(algorithm, path, specs))
+        return steps
+
+    def unsupported(self, protocol: Protocol) -> None:
+        """Refuse what the schema admits and this version does not do."""
+        for other in protocol.save[1:]:
+            self.refuse(other.path, "a run writes one format", "keep one entry of save, and run again for the other")
+        for stage in protocol.prior:
+            self.refuse(stage.path, "prior stages are not run by this version", "leave prior out")
+
+    def hooks(self, steps: Sequence[Step], session: Session, calibrate: bool) -> None:
+        """Refuse algorithms that need hooks which the adapter does not implement."""
+        for step in steps:
+            missing = session.missing(step.algorithm.requires)
+            if missing:
+                self.refuse(
+                    step.path,
+                    f"needs {', '.join(missing)}, which the model's adapter does not implement",
+                    "leave this entry out, or use an adapter that offers it",
+                )
+        missing = session.missing({"generate_model_forward", "handle_dataset"}) if calibrate else []
+        if missing:
+            self.refuse(
+                ("spec", "process"),
+                f"needs calibration, and the model's adapter does not implement {', '.join(missing)}",
+                "quantize activations per_token, which needs no calibration",
+            )
+
+    def saver(self, saver: Saver, model: PlannedModel, path: Place, steps: Sequence[Step]) -> None:
+        """Refuse what the saver cannot write."""
+        origin = {linear: step.path for step in steps for linear in step.specs}
+        if not origin and not self.diagnostics:
+            self.refuse(
+                ("spec", "process"), "selects no linear: nothing would be quantized", "check include and exclude"
+            )
+        for problem in saver.check(model):
+            self._add(problem, path, origin)
+
+    def _unfold(self, entries: Iterable[Entry], registry: Registry) -> Iterable[Entry]:
+        for path, config in entries:
+            processor: type[Processor] = registry.load("algorithms", config["type"])
+            for inner, member in processor.expand(config):
+                if inner:
+                    yield from self._unfold([((*path, *inner), member)], registry)
+                else:
+                    yield path, member
+
+    def _check_patterns(self, algorithm: Algorithm, path: Place) -> None:
+        linears = self._info.linears.values()
+        for place, pattern in algorithm.patterns():
+            if any(matches(linear, pattern) for linear in linears):
+                continue
+            if place[0] == "exclude" and any(matches_name(name, pattern) for name in self._info.modules):
+                continue  # it keeps something float that is no linear anyway, such as a router
+            hint = _nearest_part(pattern, self._info)
+            if any(matches_name(name, pattern) for name in self._info.modules):
+                hint = "it matches modules, but no linear that can be quantized"
+                if any(matches_name(name, pattern) for name, shape in self._info.fused.items() if len(shape) > 2):
+                    hint = "it matches experts that are fused into one weight, which this version leaves float"
+            if any(matches_name(linear.name, pattern) for linear in linears):
+                hint = "it matches linears outside the layers, which must be named outright, as in 'lm_head'"
+            self.refuse((*path, *place), f"the pattern {pattern!r} matches no linear of the model", hint)
+
+    def _check_claims(self, specs: Mapping[str, QuantSpec], path: Place, claimed: dict[str, Place]) -> None:
+        twice: dict[Place, list[str]] = {}
+        for linear in specs:
+            if linear in claimed:
+                twice.setdefault(claimed[linear], []).append(linear)
+            claimed[linear] = path
+        for other, names in twice.items():
+            more = f" and {len(names) - 1} other linears" if len(names) > 1 else ""
+            self.refuse(
+                path,
+                f"quantizes {names[0]}{more}, which {format_path(other)} quantizes already",
+                "exclude them from one of the two",
+            )
+
+    def _add(self, problem: Problem, path: Place, origin: Mapping[str, Place]) -> None:
+        place = (*path, *problem.path)
+        if problem.linear is not None:
+            place = (*origin[problem.linear], "qconfig")
+        if problem.fatal:
+            self.refuse(place, problem.message, problem.hint)
+        else:
+            self.warnings.append(str(self._document.diagnostic(problem.message, place, hint=problem.hint)))
+
+
+def with_scale_dtypes(steps: Sequence[Step], saver: Saver, model_dtype: str) -> list[Step]:
+    """The steps with the scale types in which the saver's engine will hold the scales."""
+
+    def refine(spec: QuantSpec) -> QuantSpec:
+        weight, activation = saver.scale_dtypes(spec, model_dtype)
+        return QuantSpec(replace(spec.weight, scale_dtype=weight), replace(spec.activation, scale_dtype=activation))
+
+    refined: dict[QuantSpec, QuantSpec] = {}
+    return [
+        replace(step, specs={name: refined.setdefault(spec, refine(spec)) for name, spec in step.specs.items()})
+        for step in steps
+    ]
+
+
+def _nearest_part(pattern: str, info: ModelInfo) -> str:
+    """The nearest name to the literal part of a pattern, among the parts of the linears' names."""
+    literal = max(re.split(r"[*?{},.\[\]]+", pattern), key=len)
+    parts = {part for name in info.linears for part in name.split(".") if not part.isdigit()}
+    return nearest(literal, parts) if literal else ""

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as rows that a person reads and as values that a program reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from modelslim.plan import Plan
+from modelslim.protocol.document import format_path
+
+
+@dataclass(frozen=True)
+class Row:
+    """Linears, or other weights, that share a name pattern and a fate.
+
+    Attributes:
+        pattern: their name with layer numbers as ``*``.
+        count: how many there are.
+        shape: shape of the weight.
+        scheme: what they become, ``FLOAT`` when nothing.
+        why: the entry of the protocol that says so, with its line, or why they stay float.
+    """
+
+    pattern: str
+    count: int
+    shape: tuple[int, ...]
+    scheme: str
+    why: str
+
+
+def rows(plan: Plan) -> list[Row]:
+    """The plan's weights, grouped, in the model's order."""
+    origin = {name: _origin(plan, step.path) for step in plan.steps for name in step.specs}
+    single: list[Row] = []
+    for name, linear in plan.info.linears.items():
+        spec = plan.specs.get(name)
+        outside = "outside the layers; name it outright to quantize it" if not linear.unit else "no entry selects it"
+        why = outside if spec is None else origin[name]
+        shape = (linear.out_features, linear.in_features)
+        single.append(Row(_pattern(name), 1, shape, spec.scheme if spec else "FLOAT", why))
+    for name, fused in plan.info.fused.items():
+        single.append(Row(_pattern(name), 1, fused, "FLOAT", "not a linear module; copied as it is"))
+    grouped: dict[tuple[Any, ...], Row] = {}
+    for row in single:
+        key = (row.pattern, row.shape, row.scheme, row.why)
+        known = grouped.get(key)
+        grouped[key] = row if known is None else Row(row.pattern, known.count + 1, row.shape, row.scheme, row.why)
+    return list(grouped.values())
+
+
+def as_data(plan: Plan) -> dict[str, Any]:
+    """The plan as plain JSON values."""
+    return {
+        "model_path": str(plan.checkpoint.path),
+        "adapter": plan.adapter,
+        "device": plan.device,
+        "runner": plan.runner,
+        "units": len(plan.info.units),
+        "dataset": str(plan.dataset) if plan.dataset else None,
+        "samples": len(plan.samples),
+        "forward_passes": int(bool(plan.samples)),
+        **sizes(plan),
+        "weights": [asdict(row) for row in rows(plan)],
+        "warnings": list(plan.warnings),
+    }
+
+
+def sizes(plan: Plan) -> dict[str, int]:
+    """Bytes of all tensors before and after."""
+    before = sum(stored.nbytes for stored in plan.checkpoint.tensors.values())
+    return {"bytes_before": before, "bytes_after": sum(plan.result_sizes().values())}
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _origin(plan: Plan, path: Iterable[str | int]) -> str:
+    place = tuple(path)
+    line, _ = plan.protocol.document.position(place)
+    return f"{format_path(place)}, line {line}"

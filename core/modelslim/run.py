@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run from plan to finished checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modelslim.plan import Plan, make_plan
+from modelslim.report import journal_header, make_report
+from modelslim.result import ResultWriter
+from modelslim.writer import OutputDirectory, check_save_path, check_space, write_json
+
+REPORT = "report.json"
+
+
+def quantize(
+    model_path: Path,
+    save_path: Path,
+    config_path: Path,
+    *,
+    device: str | None = None,
+    model_type: str | None = None,
+    trust_remote_code: bool = False,
+    observers: Sequence[tuple[str, object]] = (),
+) -> dict[str, Any]:
+    """Quantize a checkpoint.
+
+    Args:
+        model_path: directory of the float model; never touched.
+        save_path: where the result goes; must not exist, or be empty.
+        config_path: the YAML protocol.
+        device: ``cpu``, ``cuda:0``, ...; None for the best that is there.
+        model_type: published model name or model_type; None to go by config.json.
+        trust_remote_code: allow code of the checkpoint to run.
+        observers: further plugins of this run, by name.
+
+    Returns:
+        The report, which also lies in ``<save_path>/report.json``.
+
+    Raises:
+        ModelSlimError: one of its subclasses; nothing lies under ``save_path`` then.
+    """
+    check_save_path(save_path, model_path)
+    plan = make_plan(
+        model_path,
+        config_path,
+        device=device,
+        model_type=model_type,
+        trust_remote_code=trust_remote_code,
+        observers=observers,
+    )
+    return run_plan(plan, save_path)
+
+
+def run_plan(plan: Plan, save_path: Path) -> dict[str, Any]:
+    """Execute a plan; see :func:`quantize`."""
+    check_save_path(save_path, plan.checkpoint.path)
+    check_space(save_path, sum(plan.result_sizes().values()))
+    runner = plan.registry.load("runners", plan.runner)()
+    with plan.checkpoint, OutputDirectory(save_path, journal_header(plan)) as output:
+        with ResultWriter(plan, output) as writer:
+            units = runner.run(plan, writer)
+            records = writer.finish()
+        report = make_report(plan, save_path, units, records)
+        write_json(output.path / REPORT, report)
+        output.commit()
+    plan.session.run_finished(report)
+    return report

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a saved checkpoint, quantized or float, from its tensors on disk: unit by unit, or whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelslim.activations import Boundary
+from modelslim.adapters import choose_adapter, open_session
+from modelslim.checkpoint import Checkpoint
+from modelslim.devices import resolve_device
+from modelslim.errors import ModelError, nearest
+from modelslim.loader import Loader
+from modelslim.model_info import describe
+from modelslim.registry import Registry
+from modelslim.saver import SavedLinear, Saver
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a saved model.
+
+    Attributes:
+        registry: the installed plugins.
+        device: torch device.
+        dtype: ``float32``, ``bfloat16``, ... for all floating computation; None for the model's own.
+        trust_remote_code: allow code of the checkpoint to run.
+    """
+
+    registry: Registry
+    device: str
+    dtype: str | None = None
+    trust_remote_code: bool = False
+
+
+class _Placeholder(nn.Module):
+    """Stands where a quantized linear will be while it is resident."""
+
+
+class SavedModel:
+    """A model on meta, the checkpoint that fills it, and the quantized linears among its tensors.
+
+    Args:
+        checkpoint: where its tensors are.
+        options: how to run it.
+        saved: quantized linears by their names in the model; empty for a float model.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, options: RunOptions, saved: Mapping[str, SavedLinear] | None = None
+    ) -> None:
+        kind, name, _ = choose_adapter(checkpoint.config, None, options.registry)
+        model_type = checkpoint.config["model_type"]
+        self.session = open_session(
+            kind, name, model_type, checkpoint.path, options.trust_remote_code, options.registry
+        )
+        self.module = self.session.init_model(options.device)
+        if options.dtype is not None:
+            self.module.to(getattr(torch, options.dtype))
+        self._checkpoint = checkpoint
+        self._device = options.device
+        self._saved = saved or {}
+        sources = self.session.get_weight_sources(self.module, list(checkpoint.tensors))
+        for linear in self._saved:
+            self.module.set_submodule(linear, _Placeholder())
+        self._loader = Loader(self.module, checkpoint, sources, options.device)
+        self._loader.require_fit()
+        self._visit = list(self.session.generate_model_visit(self.module))
+        self.units = [request.name for request in self._visit]
+        self._boundary: Boundary | None = None
+
+    def places(self, saved: Mapping[str, SavedLinear]) -> dict[str, SavedLinear]:
+        """Saved linears by their names in the model, which must be the float one.
+
+        Args:
+            saved: quantized linears by stored name.
+
+        Raises:
+            ModelError: one of them is no linear of this model.
+        """
+        linears = describe(self.module, self._visit, self._loader).linears.values()
+        names = {linear.stored: linear.name for linear in linears}
+        unknown = next((stored for stored in saved if stored not in names), None)
+        if unknown is not None:
+            raise ModelError(
+                f"{unknown} is quantized and is no linear of the float model", hint=nearest(unknown, names)
+            )
+        return {names[stored]: linear for stored, linear in saved.items()}
+
+    def load(self) -> nn.Module:
+        """Fill the whole model, to be used as any module."""
+        self._loader.install(self._loader.read(self._loader.names()))
+        self._decode(self._saved)
+        return self.module
+
+    def start(self, inputs: Sequence[Any]) -> None:
+        """Run all inputs up to the first unit."""
+        inside = tuple(f"{unit}." for unit in self.units)
+        self._decode(name for name in self._saved if not name.startswith(inside))
+        self._loader.fill_on_demand(self.units)
+        self._boundary = Boundary(self.session, self.module, inputs)
+
+    def pass_unit(self, unit: str) -> None:
+        """Run all inputs through a unit."""
+        assert self._boundary is not None
+        with self.resident(unit):
+            self._boundary.run_unit(unit, lambda: None)
+
+    def finish(self, index: int) -> Tensor:
+        """Run one input through the last unit, which must be resident, to the end of the forward."""
+        assert self._boundary is not None
+        output: Tensor = self._boundary.finish_sample(index, self.units[-1])
+        return output
+
+    @contextmanager
+    def resident(self, unit: str) -> Iterator[None]:
+        """Hold a unit in memory."""
+        names = self._loader.names(unit)
+        quantized = [name for name in self._saved if name.startswith(f"{unit}.")]
+        self._loader.install(self._loader.read(names))
+        self._decode(quantized)
+        yield
+        self._loader.release(names)
+        for name in quantized:
+            self.module.set_submodule(name, _Placeholder())
+
+    def _decode(self, names: Iterable[str]) -> None:
+        for name in names:
+            saved = self._saved[name]
+            module = saved.decode({tensor: self._checkpoint.read(tensor) for tensor in saved.tensors})
+            self.module.set_submodule(name, module.to(self._device))
+
+
+def saved_linears(checkpoint: Checkpoint, registry: Registry) -> Mapping[str, SavedLinear]:
+    """The quantized linears of a checkpoint, by stored name.
+
+    Raises:
+        ModelError: no installed saver knows its format.
+    """
+    names = registry.names("savers")
+    for name in names:
+        saver: type[Saver] = registry.load("savers", name)
+        if saver.recognizes(checkpoint.path):
+            shapes = {tensor: stored.shape for tensor, stored in checkpoint.tensors.items()}
+            return saver.read_layout(checkpoint.path, shapes)
+    raise ModelError(
+        f"{checkpoint.path}: no installed saver recognizes this as its format", hint=f"installed: {', '.join(names)}"
+    )
+
+
+def load_model(
+    path: Path, float_path: Path | None = None, *, device: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """A saved model, whole in memory, whose quantized linears compute as an engine does.
+
+    Args:
+        path: the checkpoint, quantized or float.
+        float_path: the float model that it was made from; None when ``path`` is float.
+        device: as for ``quant``.
+        trust_remote_code: allow code of the checkpoint to run.
+
+    Raises:
+        ModelError: the checkpoint is of no installed format, or damaged.
+    """
+    options = RunOptions(Registry.scan(), resolve_device(device), None, trust_remote_code)
+    with Checkpoint(path) as checkpoint:
+        if float_path is None or path == float_path:
+            return SavedModel(checkpoint, options).load()
+        saved = saved_linears(checkpoint, options.registry)
+        with Checkpoint(float_path) as float_checkpoint:
+            places = SavedModel(float_checkpoint, options).places(saved)
+        return SavedModel(checkpoint, options, places).load()

