@@ -17,25 +17,32 @@ from modelslim.types import ProcessRequest
 class Boundary:
     """All samples, waiting at the same unit with the arguments of its call.
 
-    Only the arguments of the current unit are alive: a forward that is resumed drops them.
+    Only the arguments of the current unit are alive: a forward that is resumed drops them. A sample may
+    skip units (a text without an image never enters the vision tower) and then waits at a later one, and
+    may enter a unit several times in a row (an image and a video).
 
     Args:
         session: the run's hooks.
         model: the model, parts outside the units filled.
         inputs: one model input per sample.
+        units: names of the units, in the order of the visit.
+
+    Raises:
+        ModelError: a forward arrives at a unit that the visit does not name.
     """
 
-    def __init__(self, session: Session, model: nn.Module, inputs: Sequence[Any]) -> None:
+    def __init__(self, session: Session, model: nn.Module, inputs: Sequence[Any], units: Sequence[str]) -> None:
+        self._order = {unit: index for index, unit in enumerate(units)}
         self._forwards: list[Generator[ProcessRequest, Any, Any]] = [
             session.generate_model_forward(model, sample) for sample in inputs
         ]
-        self._requests: list[ProcessRequest | None] = [next(forward) for forward in self._forwards]
+        self._requests: list[ProcessRequest | None] = [self._arrive(next(forward), "") for forward in self._forwards]
 
     def run_unit(self, unit: str, after_sample: Callable[[], None], resume: bool = True) -> int:
-        """Compute the unit on every sample and let each forward run on to its next unit, or to its end.
+        """Compute the unit on every sample that waits there and let its forward run on to its next unit, or to its end.
 
         Args:
-            unit: name of the unit at which the samples wait.
+            unit: name of the unit; the units before it have been run.
             after_sample: called when a sample has passed the unit and the code behind it.
             resume: False to stay at this unit, when nothing behind it is wanted.
 
@@ -47,22 +54,16 @@ class Boundary:
         """
         tokens = 0
         for index, request in enumerate(self._requests):
-            if request is None or request.name != unit:
-                there = "its end" if request is None else request.name
-                raise ModelError(
-                    f"the forward arrives at {there} where the visit says {unit}",
-                    hint="generate_model_forward and generate_model_visit of the adapter must yield the same units "
-                    "in the same order",
-                )
-            # .forward, not the call: hooks on the unit have run already, in the suspended forward.
-            output = request.module.forward(*request.args, **request.kwargs)
-            tokens += _tokens(request)
-            self._requests[index] = request = None
-            if resume:
-                with suppress(StopIteration):
-                    self._requests[index] = self._forwards[index].send(output)
-            del output
-            after_sample()
+            while request is not None and request.name == unit:
+                # .forward, not the call: hooks on the unit have run already, in the suspended forward.
+                output = request.module.forward(*request.args, **request.kwargs)
+                tokens += _tokens(request)
+                self._requests[index] = request = None
+                if resume:
+                    with suppress(StopIteration):
+                        self._requests[index] = request = self._arrive(self._forwards[index].send(output), unit)
+                del output
+                after_sample()
         return tokens
 
     def finish_sample(self, index: int, unit: str) -> Any:
@@ -78,10 +79,24 @@ class Boundary:
         assert request is not None and request.name == unit
         self._requests[index] = None
         try:
-            following = self._forwards[index].send(request.module.forward(*request.args, **request.kwargs))
+            while True:
+                output = request.module.forward(*request.args, **request.kwargs)
+                request = self._arrive(self._forwards[index].send(output), unit)
         except StopIteration as end:
             return end.value
-        raise ModelError(f"the forward arrives at {following.name} behind the last unit {unit} of the visit")
+
+    def _arrive(self, request: ProcessRequest, behind: str) -> ProcessRequest:
+        """Check that a forward that has passed one unit did not arrive at one that lies before it."""
+        hint = (
+            "generate_model_forward and generate_model_visit of the adapter must yield the same units in the same order"
+        )
+        if request.name not in self._order:
+            raise ModelError(f"the forward arrives at {request.name}, which the visit does not name", hint=hint)
+        if self._order[request.name] < self._order.get(behind, 0):
+            raise ModelError(
+                f"the forward arrives at {request.name} behind {behind}, and the visit says the reverse", hint=hint
+            )
+        return request
 
     def close(self) -> None:
         """End all forwards; nothing behind the current unit is computed."""

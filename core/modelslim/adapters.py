@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelslim.errors import ModelError, nearest
-from modelslim.registry import Registry
+from modelslim.errors import ModelError, PluginError, nearest
+from modelslim.registry import RESTRICT, Registry
 from modelslim.session import Session
 
 GENERIC = "transformers"
@@ -29,6 +29,7 @@ def choose_adapter(config: Mapping[str, Any], model_type: str | None, registry: 
 
     Raises:
         ModelError: config.json does not say what the model is.
+        PluginError: no adapter is installed that could serve the model.
     """
     stated = config.get("model_type")
     if not isinstance(stated, str) or not config.get("architectures"):
@@ -37,21 +38,35 @@ def choose_adapter(config: Mapping[str, Any], model_type: str | None, registry: 
             f"config.json has no {lacking}, so it does not say what the model is",
             hint="take config.json from the model's publisher",
         )
+    # A claim that cannot be used counts: loading it says why, and the generic adapter is no replacement.
+    for kind in ("models", "adapters"):
+        if model_type is not None and registry.claims(kind, model_type):
+            return kind, model_type, ""
+    name = stated if registry.claims("adapters", stated) else GENERIC
+    if not registry.claims("adapters", name):
+        asked = f"--model_type {model_type} or " if model_type not in (None, stated) else ""
+        raise PluginError(
+            f"no installed adapter serves {asked}the model_type {stated!r} of config.json",
+            hint=_remedy(model_type, stated, registry),
+        )
     remark = ""
-    models, adapters = registry.names("models"), registry.names("adapters")
-    if model_type is not None:
-        if model_type in models:
-            return "models", model_type, remark
-        if model_type in adapters:
-            return "adapters", model_type, remark
-    name = stated if stated in adapters else GENERIC
     if model_type is not None and model_type != stated:
-        known = nearest(model_type, models)
+        known = nearest(model_type, registry.names("models"))
         remark = (
             f"no adapter is registered for --model_type {model_type}; config.json says {stated}, "
             f"which the adapter {name!r} serves" + (f" ({known})" if known.startswith("did") else "")
         )
     return "adapters", name, remark
+
+
+def _remedy(model_type: str | None, stated: str, registry: Registry) -> str:
+    for entry in registry.hidden:
+        if entry.kind in ("adapters", "models") and entry.name in (model_type, stated, GENERIC):
+            return f"{entry.distribution} offers {entry.name!r} and {RESTRICT} leaves it out: add it there"
+    return (
+        "install the adapter of the model's family, `pip install modelslim-adapter-<family>`; of a model that "
+        "transformers knows, `pip install modelslim-adapter-transformers`"
+    )
 
 
 def open_session(

@@ -29,8 +29,9 @@ class Unit:
 
     Attributes:
         name: dotted path of the unit in the model; empty for the linears outside all units.
-        linears: the unit's linears by their full names, with their weights loaded.
-        specs: what the plan gave to *this* algorithm, by linear name; a subset of ``linears``.
+        linears: the unit's linears by their full names, with their weights loaded; those of fused
+            experts as one ``ExpertLinear`` under its own name.
+        specs: what the plan gave to *this* algorithm, by the same names; a subset of ``linears``.
     """
 
     name: str
@@ -59,9 +60,13 @@ class Algorithm(Processor, ABC):
 
     Attributes:
         requires: hooks of the adapter without which the algorithm cannot work.
+        takes_experts: True when ``apply`` takes the linears of fused experts, an ``ExpertLinear`` for
+            all experts of a layer, and answers with ``QuantizedExperts``. ``select`` sees each
+            expert's linears one by one in any case. The plan refuses to give them to other algorithms.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
+    takes_experts: ClassVar[bool] = False
 
     @classmethod
     def expand(cls, config: Mapping[str, Any]) -> Sequence[Entry]:

@@ -2,6 +2,7 @@
 """Public names for the authors of plugins: the only module of the core that a plugin imports."""
 
 from modelslim.algorithm import Algorithm, Entry, Pattern, Processor, Unit
+from modelslim.checkpoint import StoredTensor
 from modelslim.devices import one_thread
 from modelslim.driver import drive
 from modelslim.errors import (
@@ -17,19 +18,34 @@ from modelslim.errors import (
     UsageError,
     nearest,
 )
+from modelslim.experts import WHOLE, ExpertLinear, FusedExperts
 from modelslim.hookspecs import hookimpl
 from modelslim.patterns import Selector
-from modelslim.quantized import QuantizedLinear, QuantizedTensor, range_to_scale
+from modelslim.quantized import QuantizedExperts, QuantizedLinear, QuantizedTensor, range_to_scale
 from modelslim.saver import PlannedModel, SavedLinear, Saver, TensorRecord
 from modelslim.statistics import Statistic, TensorRange, TokenCount, UnitStatistics
-from modelslim.types import FLOAT, LinearInfo, Problem, ProcessRequest, QuantSpec, TensorSpec, WeightSource
+from modelslim.types import (
+    FLOAT,
+    DecodedTensor,
+    LinearInfo,
+    Problem,
+    ProcessRequest,
+    QuantSpec,
+    TensorSpec,
+    WeightSource,
+)
+from modelslim.vlm_dataset import VlmCalibSample
 
 __all__ = [
     "FLOAT",
+    "WHOLE",
     "Algorithm",
     "CapabilityError",
     "DatasetError",
+    "DecodedTensor",
     "Entry",
+    "ExpertLinear",
+    "FusedExperts",
     "InvalidDatasetError",
     "LinearInfo",
     "ModelError",
@@ -43,6 +59,7 @@ __all__ = [
     "ProtocolError",
     "QuantSpec",
     "QuantizationError",
+    "QuantizedExperts",
     "QuantizedLinear",
     "QuantizedTensor",
     "SaveError",
@@ -50,6 +67,7 @@ __all__ = [
     "Saver",
     "Selector",
     "Statistic",
+    "StoredTensor",
     "TensorRange",
     "TensorRecord",
     "TensorSpec",
@@ -57,6 +75,7 @@ __all__ = [
     "Unit",
     "UnitStatistics",
     "UsageError",
+    "VlmCalibSample",
     "WeightSource",
     "drive",
     "hookimpl",

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from modelslim.errors import ModelError, nearest
+from modelslim.types import DecodedTensor
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -77,6 +78,10 @@ class Checkpoint:
         path: directory with safetensors files, found by ``model.safetensors.index.json``, else
             ``model.safetensors``, else every ``*.safetensors``.
 
+    Attributes:
+        stored: every tensor as it lies on the disk, by name.
+        tensors: the same after :meth:`decode`, which is what a run works on.
+
     Raises:
         ModelError: something is missing, truncated or contradicts itself; says which file.
     """
@@ -87,7 +92,9 @@ class Checkpoint:
             raise ModelError(f"{path}: no such directory", hint="--model_path is the directory that holds config.json")
         if not path.is_dir():
             raise ModelError(f"{path} is a file", hint="--model_path is the directory that holds config.json")
-        self.tensors: Mapping[str, StoredTensor] = _find_tensors(path)
+        self.stored: Mapping[str, StoredTensor] = _find_tensors(path)
+        self.tensors: Mapping[str, StoredTensor] = self.stored
+        self._decoded: Mapping[str, DecodedTensor] = {}
         self._files: dict[Path, int] = {}
         self._opening = Lock()  # a run reads in one thread and copies in another
 
@@ -95,6 +102,31 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """config.json."""
         return read_json(self.path / "config.json")
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor, by name."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def decode(self, decoded: Mapping[str, DecodedTensor]) -> None:
+        """Show float tensors in place of the quantized ones that make them.
+
+        ``tensors``, ``read`` and ``chunks`` then know the float tensors alone, each where the first of
+        the stored ones was.
+
+        Args:
+            decoded: by name of the float tensor, as the adapter's ``get_decoded_tensors`` answers.
+        """
+        first = {tensor.keys[0]: name for name, tensor in decoded.items()}
+        hidden = {key for tensor in decoded.values() for key in tensor.keys}
+        tensors: dict[str, StoredTensor] = {}
+        for key, stored in self.stored.items():
+            if key in first:
+                tensors[first[key]] = _as_float(stored, first[key], decoded[first[key]])
+            elif key not in hidden:
+                tensors[key] = stored
+        self.tensors = tensors
+        self._decoded = decoded
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -110,10 +142,12 @@ class Checkpoint:
         Raises:
             ModelError: it holds NaN or infinity, or the file cannot be read or shrank meanwhile.
         """
-        stored = self.tensors[name]
-        tensor = self._load(stored)
+        if name not in self._decoded:
+            return self._read(self.stored[name])
+        decoded = self._decoded[name]
+        tensor = decoded.decode([self._read(self.stored[key]) for key in decoded.keys])
         if not _is_finite(tensor):
-            raise _not_finite(stored, tensor)
+            raise _not_finite(self.tensors[name], tensor)
         return tensor
 
     def chunks(self, name: str) -> Iterator[memoryview]:
@@ -122,6 +156,9 @@ class Checkpoint:
         Raises:
             ModelError: as for :meth:`read`.
         """
+        if name in self._decoded:
+            yield byte_view(self.read(name))
+            return
         stored = self.tensors[name]
         buffer = torch.empty(min(_CHUNK, stored.nbytes), dtype=torch.uint8)
         view = byte_view(buffer)
@@ -131,6 +168,12 @@ class Checkpoint:
             if not _is_finite(buffer[:size].view(stored.torch_dtype)):
                 raise _not_finite(stored, self._load(stored))
             yield view[:size]
+
+    def _read(self, stored: StoredTensor) -> Tensor:
+        tensor = self._load(stored)
+        if not _is_finite(tensor):
+            raise _not_finite(stored, tensor)
+        return tensor
 
     def _load(self, stored: StoredTensor) -> Tensor:
         tensor = torch.empty(stored.shape, dtype=stored.torch_dtype)
@@ -155,6 +198,13 @@ class Checkpoint:
             if file not in self._files:
                 self._files[file] = os.open(file, os.O_RDONLY)
             return self._files[file]
+
+
+def _as_float(first: StoredTensor, name: str, decoded: DecodedTensor) -> StoredTensor:
+    """A decoded tensor as the checkpoint shows it; ``first`` is the first of those that make it."""
+    dtype: torch.dtype = getattr(torch, decoded.dtype)
+    nbytes = prod(decoded.shape) * dtype.itemsize
+    return replace(first, name=name, dtype=DTYPE_NAMES[dtype], shape=decoded.shape, nbytes=nbytes)
 
 
 def byte_view(tensor: Tensor) -> memoryview:

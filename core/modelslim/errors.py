@@ -83,7 +83,11 @@ class DatasetError(ModelSlimError):
     """The calibration or evaluation data cannot be used."""
 
 
-InvalidDatasetError = DatasetError  # the name that the integration guide documents
+class InvalidDatasetError(DatasetError):
+    """The content of the data breaks the rules of its form, or is not what the model takes.
+
+    A reader carries one diagnostic per mistake. The integration guide knows this name.
+    """
 
 
 class QuantizationError(ModelSlimError):

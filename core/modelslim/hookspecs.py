@@ -19,14 +19,17 @@ what the algorithms need with what is there, before a weight is read.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from modelslim.types import ProcessRequest, WeightSource
+from modelslim.types import DecodedTensor, ProcessRequest, WeightSource
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from modelslim.checkpoint import StoredTensor
 
 PROJECT = "modelslim"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -61,11 +64,16 @@ def handle_dataset(dataset: Sequence[Any], device: str) -> list[Any]:  # type: i
     """Turn calibration samples into inputs of the model.
 
     Args:
-        dataset: the samples as read from the data file; for text, a list of strings.
+        dataset: the samples. Of apiversion modelslim_v1: strings, and chats as lists of
+            {role, content}. Of multimodal_vlm_modelslim_v1: :class:`modelslim.api.VlmCalibSample`,
+            whose image, audio and video are paths or None.
         device: where the tensors go.
 
     Returns:
         One input per sample, in the form that ``generate_model_forward`` takes.
+
+    Raises:
+        InvalidDatasetError: a sample holds what the model does not take, such as a video; says which.
 
     Example::
 
@@ -121,6 +129,37 @@ def generate_model_forward(  # type: ignore[empty-body]
 
 
 @hookspec(firstresult=True)
+def make_tiny_checkpoint(model: nn.Module, path: Path) -> Sequence[Any] | None:
+    """Write a tiny checkpoint of the same architecture, on which the plan proves ``generate_model_forward``.
+
+    A run that calibrates is planned only when, on this model, the units give to the bit what they
+    give in a plain call of the model. Keep every kind of layer that the model has, in the model's
+    order, and make windows shorter than the inputs: a mistake that shows in no tiny model is not
+    found. torch's generator is seeded, and restored afterwards.
+
+    Args:
+        model: what ``init_model("meta")`` gave for the real checkpoint.
+        path: an empty directory. It gets config.json and safetensors files with random weights;
+            an adapter of the same class is opened on it.
+
+    Returns:
+        One or more inputs of ``generate_model_forward`` on the CPU, of different lengths. The model
+        itself is called on the same: ``model(**inputs)`` for a mapping, else ``model(inputs)``.
+        Absent, or None: the generic adapter is asked to shrink config.json; where it cannot, the
+        plan warns that the forward is not proven. A CapabilityError says why it cannot be made.
+
+    Example::
+
+        @hookimpl
+        def make_tiny_checkpoint(self, path):
+            model = MyModel(replace(self.config, num_layers=2, hidden_size=16))
+            save_file({name: torch.randn_like(w) for name, w in model.state_dict().items()}, path / "model.safetensors")
+            (path / "config.json").write_text(model.config.to_json())
+            return [{"input_ids": torch.randint(256, (1, length))} for length in (9, 14)]
+    """
+
+
+@hookspec(firstresult=True)
 def enable_kv_cache(model: nn.Module, need_kv_cache: bool) -> None:
     """Switch the model's key/value cache on or off.
 
@@ -140,14 +179,40 @@ def enable_kv_cache(model: nn.Module, need_kv_cache: bool) -> None:
 
 
 @hookspec(firstresult=True)
+def get_decoded_tensors(  # type: ignore[empty-body]
+    tensors: Mapping[str, StoredTensor],
+) -> Mapping[str, DecodedTensor]:
+    """Say which float tensors a source checkpoint holds in quantized form, such as float8 with scales per block.
+
+    From then on the float tensors stand in place of the stored ones that make them: the model is filled
+    from them, and what is not quantized anew goes into the result as float.
+
+    Args:
+        tensors: every stored tensor by name, with ``dtype`` in the words of safetensors and ``shape``.
+
+    Returns:
+        By name of the float tensor. Empty for a float checkpoint. Absent hook: tensors are what they are.
+
+    Example::
+
+        @hookimpl
+        def get_decoded_tensors(self, tensors):
+            return {
+                name: DecodedTensor((name, f"{name}_scale"), "bfloat16", stored.shape, multiply)
+                for name, stored in tensors.items() if f"{name}_scale" in tensors
+            }
+    """
+
+
+@hookspec(firstresult=True)
 def get_weight_sources(  # type: ignore[empty-body]
-    model: nn.Module, keys: Sequence[str]
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
 ) -> Mapping[str, WeightSource]:
     """Say which stored tensors make which parameters.
 
     Args:
         model: the model, possibly on meta.
-        keys: names of all tensors in the source checkpoint.
+        shapes: of all tensors in the source checkpoint, by name; decoded ones by their float names.
 
     Returns:
         By parameter or buffer name. Stored tensors that no source names are copied unchanged into
@@ -156,8 +221,8 @@ def get_weight_sources(  # type: ignore[empty-body]
     Example::
 
         @hookimpl
-        def get_weight_sources(self, model, keys):
-            return {key.removeprefix("thinker."): WeightSource((key,)) for key in keys}
+        def get_weight_sources(self, model, shapes):
+            return {key.removeprefix("thinker."): WeightSource((key,)) for key in shapes}
     """
 
 

@@ -11,8 +11,22 @@ from itertools import accumulate
 from torch import nn
 
 from modelslim.errors import ModelError
+from modelslim.experts import ExpertLinear
 from modelslim.loader import Loader, dtype_name
 from modelslim.types import LinearInfo, ProcessRequest
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The linears that one stacked weight of fused experts holds.
+
+    Attributes:
+        linears: [expert][part].
+        rows: the rows of each part in an expert's weight.
+    """
+
+    linears: Sequence[Sequence[LinearInfo]]
+    rows: Sequence[slice]
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,9 @@ class ModelInfo:
         linears: every linear that can be quantized, by name, in the model's order.
         dtype: the model's dtype: that of most of its parameters.
         modules: names of all modules.
-        fused: shapes of weights that no linear holds (fused experts, routers), by name; they stay float.
+        fused: shapes of weights that no linear holds (routers, experts that no adapter takes apart), by
+            name; they stay float.
+        banks: what the modules that hold fused experts hold, by name.
     """
 
     units: Sequence[str]
@@ -32,6 +48,7 @@ class ModelInfo:
     dtype: str
     modules: frozenset[str]
     fused: Mapping[str, tuple[int, ...]]
+    banks: Mapping[str, Bank]
 
     @cached_property
     def by_unit(self) -> Mapping[str, Sequence[LinearInfo]]:
@@ -40,6 +57,11 @@ class ModelInfo:
         for linear in self.linears.values():
             groups[linear.unit].append(linear)
         return groups
+
+    @cached_property
+    def holders(self) -> Mapping[str, Sequence[str]]:
+        """Modules of each unit that hold its linears, in the model's order."""
+        return {unit: list(dict.fromkeys(one.module for one in linears)) for unit, linears in self.by_unit.items()}
 
 
 def describe(model: nn.Module, visit: Sequence[ProcessRequest], loader: Loader) -> ModelInfo:
@@ -53,6 +75,7 @@ def describe(model: nn.Module, visit: Sequence[ProcessRequest], loader: Loader) 
     known = set(units)
     linears: dict[str, LinearInfo] = {}
     fused: dict[str, tuple[int, ...]] = {}
+    banks: dict[str, Bank] = {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
         unit = next((outer for outer in _self_and_parents(name) if outer in known), "")
@@ -69,6 +92,10 @@ def describe(model: nn.Module, visit: Sequence[ProcessRequest], loader: Loader) 
                     dtype_name(module.weight.dtype),
                 )
                 continue
+        if isinstance(module, ExpertLinear):
+            banks[name] = _expert_linears(name, module, unit, loader)
+            linears.update((linear.name, linear) for expert in banks[name].linears for linear in expert)
+            continue
         if unit:
             for attribute, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() > 1:
@@ -77,7 +104,26 @@ def describe(model: nn.Module, visit: Sequence[ProcessRequest], loader: Loader) 
     for parameter in model.parameters():
         key = dtype_name(parameter.dtype)
         sizes[key] = sizes.get(key, 0) + parameter.numel()
-    return ModelInfo(units, linears, max(sizes, key=lambda key: sizes[key]), frozenset(modules), fused)
+    return ModelInfo(units, linears, max(sizes, key=lambda key: sizes[key]), frozenset(modules), fused, banks)
+
+
+def _expert_linears(name: str, module: ExpertLinear, unit: str, loader: Loader) -> Bank:
+    """The linears of a stacked weight."""
+    parent = name.rpartition(".")[0]
+    source = loader.sources.get(f"{name}.weight")
+    sizes = {part: len(range(module.out_features)[rows]) for part, rows in module.parts.items()}
+    dtype = dtype_name(module.weight.dtype)
+    result = []
+    for expert in range(module.experts):
+        names = [f"{parent}.{expert}.{part}" for part in sizes]
+        stored = source.experts[expert] if source is not None and source.experts else names
+        result.append(
+            [
+                LinearInfo(one, kept, unit, size, module.in_features, module.bias is not None, dtype, name)
+                for one, kept, size in zip(names, stored, sizes.values(), strict=True)
+            ]
+        )
+    return Bank(result, list(module.parts.values()))
 
 
 def _stored_name(name: str, loader: Loader) -> str | None:

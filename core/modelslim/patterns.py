@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from wcmatch import fnmatch
 
@@ -17,16 +19,26 @@ def matches(linear: LinearInfo, pattern: str) -> bool:
     """True when the pattern selects the linear, by its name in the model or in the checkpoint.
 
     A linear outside the units (``lm_head``) must be named outright: the last part of its name has
-    to stand in the pattern, so that ``*`` leaves it alone.
+    to stand in the pattern, so that ``*`` leaves it alone. Experts that are fused into one weight are
+    found by the name of that weight as well, when the pattern spells its last part.
     """
     if not linear.unit and linear.name.rpartition(".")[2] not in pattern:
         return False
-    return matches_name(linear.name, pattern) or matches_name(linear.stored, pattern)
+    if matches_name(linear.name, pattern) or matches_name(linear.stored, pattern):
+        return True
+    return bool(linear.bank) and linear.bank.rpartition(".")[2] in pattern and matches_name(linear.bank, pattern)
 
 
 def matches_name(name: str, pattern: str) -> bool:
     """True when the pattern fits the whole name; ``*`` crosses dots."""
-    return bool(fnmatch.fnmatch(name, pattern, flags=_FLAGS))
+    return any(regex.match(name) for regex in _compile(pattern))
+
+
+@lru_cache(maxsize=256)
+def _compile(pattern: str) -> tuple[re.Pattern[str], ...]:
+    """One expression for each alternative in braces. A model may have 50,000 expert linears to match."""
+    expressions, _ = fnmatch.translate(pattern, flags=_FLAGS)
+    return tuple(re.compile(expression) for expression in expressions)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,16 @@ from modelslim.errors import DatasetError, Diagnostic, ModelSlimError, ProtocolE
 from modelslim.loader import Loader
 from modelslim.model_info import ModelInfo, describe
 from modelslim.plan_checks import Checks, Step, with_scale_dtypes
+from modelslim.protocol.document import shorten
 from modelslim.protocol.model import Protocol
 from modelslim.protocol.validate import read_protocol
 from modelslim.registry import Registry
 from modelslim.saver import PlannedModel, Saver
 from modelslim.session import Session
 from modelslim.types import QuantSpec
+from modelslim.vlm_dataset import read_vlm_samples
+
+DEFAULT_RUNNER = "layer_wise"
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Plan:
         saver: the saver.
         planned: what the saver was told.
         samples: calibration samples; empty when no algorithm needs any.
-        dataset: the file that they come from.
+        dataset: the file or directory that they come from.
         device: torch device of the computation.
         runner: name of the runner.
         registry: the installed plugins.
@@ -85,9 +89,9 @@ class Plan:
     def replaced(self) -> frozenset[str]:
         """Stored tensors that quantized ones replace."""
         keys: set[str] = set()
-        for name in self.specs:
+        for module in {self.info.linears[name].module for name in self.specs}:
             for parameter in ("weight", "bias"):
-                source = self.loader.sources.get(f"{name}.{parameter}")
+                source = self.loader.sources.get(f"{module}.{parameter}")
                 keys.update(source.keys if source else ())
         return frozenset(keys)
 
@@ -126,8 +130,9 @@ def make_plan(
         session = open_session(
             kind, name, checkpoint.config["model_type"], model_path, trust_remote_code, registry, observers
         )
+        checkpoint.decode(session.get_decoded_tensors(checkpoint.stored))
         model = session.init_model("meta")
-        loader = Loader(model, checkpoint, session.get_weight_sources(model, list(checkpoint.tensors)), target)
+        loader = Loader(model, checkpoint, session.get_weight_sources(model, checkpoint.shapes), target)
         loader.require_fit()
         info = describe(model, list(session.generate_model_visit(model)), loader)
     checks = Checks(protocol.document, info, diagnostics)
@@ -144,7 +149,8 @@ def make_plan(
     checks.hooks(steps, session, calibrate)
     dataset = _find_dataset(protocol, checks, registry, config_path.parent, calibrate)
     with _together_with(diagnostics):
-        samples = read_samples(dataset) if dataset is not None else []
+        samples, remarks = _read(dataset, protocol)
+    runner, about_runner = _runner(protocol)
     if diagnostics:
         raise _refusal(config_path, diagnostics)
     return Plan(
@@ -161,22 +167,41 @@ def make_plan(
         samples=samples,
         dataset=dataset,
         device=target,
-        runner="layer_wise" if protocol.runner == "auto" else protocol.runner,
+        runner=runner,
         registry=registry,
-        warnings=[*([remark] if remark else []), *checks.warnings, *_left_float(info, model)],
+        warnings=[*([remark] if remark else []), *about_runner, *remarks, *checks.warnings, *_left_float(info, model)],
     )
 
 
 def _find_dataset(protocol: Protocol, checks: Checks, registry: Registry, base: Path, calibrate: bool) -> Path | None:
-    """The calibration file, None when it is not wanted; a name that leads nowhere is a mistake in any case."""
+    """The calibration set, None when it is not wanted; a name that leads nowhere is a mistake in any case."""
     if not calibrate and "dataset" not in protocol.document.value["spec"]:
         return None
     try:
-        dataset = find_dataset(protocol.dataset, registry, base)
+        dataset = find_dataset(protocol.dataset, registry, base, directories=protocol.is_multimodal)
     except DatasetError as error:
         checks.refuse(("spec", "dataset"), error.message, error.hint)
         return None
     return dataset if calibrate else None
+
+
+def _read(dataset: Path | None, protocol: Protocol) -> tuple[Sequence[Any], list[str]]:
+    """The calibration samples, and what the user should know about them."""
+    if dataset is None:
+        return [], []
+    if protocol.default_text is not None:
+        return read_vlm_samples(dataset, protocol.default_text)
+    return read_samples(dataset), []
+
+
+def _runner(protocol: Protocol) -> tuple[str, list[str]]:
+    """Name of the runner, and what the user should know about it."""
+    if protocol.runner in ("auto", DEFAULT_RUNNER):
+        return DEFAULT_RUNNER, []
+    if not protocol.is_multimodal:
+        return protocol.runner, []
+    message = f"{shorten(protocol.runner)!r} becomes {DEFAULT_RUNNER}, the only runner of {protocol.apiversion}"
+    return DEFAULT_RUNNER, [str(protocol.document.diagnostic(message, ("spec", "runner")))]
 
 
 @contextmanager
@@ -191,7 +216,7 @@ def _together_with(diagnostics: Sequence[Diagnostic]) -> Iterator[None]:
 
 def needs_calibration(steps: Sequence[Step], info: ModelInfo, model: nn.Module) -> bool:
     """True when an algorithm wants statistics of some unit."""
-    modules = {name: model.get_submodule(name) for name in info.linears}
+    modules = {name: model.get_submodule(name) for names in info.holders.values() for name in names}
     return any(step.algorithm.needs(step.unit("", modules)) for step in steps)
 
 
@@ -203,7 +228,7 @@ def _left_float(info: ModelInfo, model: nn.Module) -> list[str]:
     share = sum(experts.values()) / sum(parameter.numel() for parameter in model.parameters())
     return [
         f"{len(experts)} weights of fused experts, such as {next(iter(experts))}, stay float: {share:.0%} of all "
-        "parameters; this version quantizes linears only"
+        "parameters; they are stacked in a way that the adapter does not know"
     ]
 
 

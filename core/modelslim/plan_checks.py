@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from modelslim.algorithm import Algorithm, Entry, Processor, Unit
@@ -30,20 +31,27 @@ class Step:
         algorithm: the algorithm.
         path: its entry in the protocol.
         specs: what it makes of which linears; empty for an algorithm that quantizes nothing itself.
+        info: the model's structure.
     """
 
     algorithm: Algorithm
     path: Place
     specs: Mapping[str, QuantSpec]
+    info: ModelInfo
 
     def unit(self, name: str, modules: Mapping[str, Any]) -> Unit:
         """The unit as this algorithm sees it.
 
         Args:
             name: the unit; empty for what lies outside all units.
-            modules: the unit's linears by name.
+            modules: the modules that hold the unit's linears, by name.
         """
-        return Unit(name, modules, {linear: spec for linear, spec in self.specs.items() if linear in modules})
+        chosen = self._by_module
+        return Unit(name, modules, {module: chosen[module] for module in modules if module in chosen})
+
+    @cached_property
+    def _by_module(self) -> Mapping[str, QuantSpec]:
+        return {self.info.linears[linear].module: spec for linear, spec in self.specs.items()}
 
 
 class Checks:
@@ -75,9 +83,10 @@ class Checks:
             self._check_patterns(algorithm, path)
             specs = algorithm.select(linears)
             self._check_claims(specs, path, claimed)
+            self._check_banks(specs, path, algorithm, config["type"])
             for problem in algorithm.check(linears):
                 self._add(problem, path, {})
-            steps.append(Step(algorithm, path, specs))
+            steps.append(Step(algorithm, path, specs, self._info))
         return steps
 
     def unsupported(self, protocol: Protocol) -> None:
@@ -135,7 +144,7 @@ class Checks:
             if any(matches_name(name, pattern) for name in self._info.modules):
                 hint = "it matches modules, but no linear that can be quantized"
                 if any(matches_name(name, pattern) for name, shape in self._info.fused.items() if len(shape) > 2):
-                    hint = "it matches experts that are fused into one weight, which this version leaves float"
+                    hint = "it matches experts that are stacked in a way unknown to the adapter; they stay float"
             if any(matches_name(linear.name, pattern) for linear in linears):
                 hint = "it matches linears outside the layers, which must be named outright, as in 'lm_head'"
             self.refuse((*path, *place), f"the pattern {pattern!r} matches no linear of the model", hint)
@@ -152,6 +161,33 @@ class Checks:
                 path,
                 f"quantizes {names[0]}{more}, which {format_path(other)} quantizes already",
                 "exclude them from one of the two",
+            )
+
+    def _check_banks(self, specs: Mapping[str, QuantSpec], path: Place, algorithm: Algorithm, type_: str) -> None:
+        """Experts that are one weight can only be quantized alike, which is what engines want as well."""
+        fused = next((name for name in specs if self._info.linears[name].bank), None)
+        if fused is not None and not algorithm.takes_experts:
+            self.refuse(
+                path,
+                f"{type_} does not quantize fused experts, and it selects {fused}",
+                'exclude "*experts*" here, and give them to an algorithm that does, such as linear_quant',
+            )
+            return
+        mixed: list[tuple[list[str], list[str]]] = []
+        for bank in self._info.banks.values():
+            names = [linear.name for linears in bank.linears for linear in linears]
+            chosen = [name for name in names if name in specs]
+            if chosen and len({specs.get(name) for name in names}) > 1:
+                mixed.append((chosen, [name for name in names if name not in specs]))
+        if mixed:
+            chosen, left = mixed[0]
+            more = f"; {len(mixed) - 1} other weights likewise" if len(mixed) > 1 else ""
+            self.refuse(
+                path,
+                f"quantizes {chosen[0]} and not {left[0]}, which are one weight of fused experts{more}"
+                if left
+                else f"gives the experts of {self._info.linears[chosen[0]].bank} several schemes{more}",
+                "include or exclude all experts of a layer together, gate_proj with up_proj, as '*experts*' does",
             )
 
     def _add(self, problem: Problem, path: Place, origin: Mapping[str, Place]) -> None:

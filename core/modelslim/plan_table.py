@@ -70,7 +70,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
 
 def sizes(plan: Plan) -> dict[str, int]:
     """Bytes of all tensors before and after."""
-    before = sum(stored.nbytes for stored in plan.checkpoint.tensors.values())
+    before = sum(stored.nbytes for stored in plan.checkpoint.stored.values())
     return {"bytes_before": before, "bytes_after": sum(plan.result_sizes().values())}
 
 

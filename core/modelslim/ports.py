@@ -10,12 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from modelslim.statistics import Statistic, UnitStatistics
+from modelslim.experts import ExpertLinear
+from modelslim.statistics import Port, Statistic, UnitStatistics
 
 Kinds = frozenset[type[Statistic]]
-
-
-Port = dict[type[Statistic], Statistic]
 
 
 class PortCollector:
@@ -23,7 +21,11 @@ class PortCollector:
 
     The first linear that reads a tensor leads the port; one that reads the very same tensor in the
     same forward (q, k and v; gate and up) joins it. So each statistic is computed once per port, and
-    linears of one port get the very same static scale.
+    linears of one port get the very same static scale. Every expert of a fused weight has a port of
+    its own, which sees the tokens that came to it.
+
+    Attributes:
+        tokens: how many tokens each expert of a fused weight showed, by the name of the weight's module.
 
     Args:
         linears: modules by name.
@@ -34,13 +36,23 @@ class PortCollector:
         self._linears = linears
         self._needs = needs
         self._ports: dict[str, Port] = {}
+        self._experts: dict[str, list[Port]] = {}
+        self.tokens: dict[str, list[int]] = {}
+        for name, kinds in needs.items():
+            module = linears[name]
+            if isinstance(module, ExpertLinear):
+                self._experts[name] = [{kind: kind() for kind in kinds} for _ in range(module.experts)]
+                self.tokens[name] = [0] * module.experts
         # By identity and version of the tensor, which is kept so that no other can take its identity.
         self._seen: dict[tuple[int, int], tuple[Tensor, list[Port]]] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> PortCollector:
         self._handles = [
-            self._linears[name].register_forward_pre_hook(self._hook(name), with_kwargs=True) for name in self._needs
+            self._linears[name].register_forward_pre_hook(
+                self._expert_hook(name) if name in self._experts else self._hook(name), with_kwargs=True
+            )
+            for name in self._needs
         ]
         return self
 
@@ -55,11 +67,26 @@ class PortCollector:
         """Forget which tensors the last forward showed."""
         self._seen.clear()
 
+    @property
+    def ports(self) -> Mapping[str, Port]:
+        """What was measured at linears; one that no token reached is missing."""
+        return self._ports
+
+    @property
+    def experts(self) -> Mapping[str, Sequence[Port]]:
+        """What was measured at fused experts."""
+        return self._experts
+
+    def set_port(self, name: str, port: Port) -> None:
+        """Supply what could not be measured at a linear."""
+        self._ports[name] = port
+
     def statistics(self) -> UnitStatistics:
         """What was measured. A linear that no token reached has statistics that saw nothing."""
         for name, kinds in self._needs.items():
-            self._ports.setdefault(name, {kind: kind() for kind in kinds})
-        return UnitStatistics(self._ports)
+            if name not in self._experts:
+                self._ports.setdefault(name, {kind: kind() for kind in kinds})
+        return UnitStatistics(self._ports, self._experts)
 
     def _hook(self, name: str) -> Any:
         def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -72,6 +99,17 @@ class PortCollector:
                 for statistic in port.values():
                     statistic.update(x.reshape(-1, x.shape[-1]))
                 known.append(port)
+
+        return observe
+
+    def _expert_hook(self, name: str) -> Any:
+        def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x, counts = args
+            self.tokens[name] = [known + count for known, count in zip(self.tokens[name], counts, strict=True)]
+            for port, rows in zip(self._experts[name], x[: sum(counts)].split(counts), strict=True):
+                if len(rows):
+                    for statistic in port.values():
+                        statistic.update(rows)
 
         return observe
 

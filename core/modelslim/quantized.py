@@ -8,6 +8,7 @@ activation scales per token where the spec says per token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ class QuantizedTensor:
         scale: float32 [out, groups]; groups is 1 for ``per_channel``.
         offset: int8 [out, groups], or None when symmetric.
         spec: how it was quantized.
+
+    Weights of fused experts have one more dimension in front: [experts, out, in] and so on.
     """
 
     codes: Tensor
@@ -35,12 +38,11 @@ class QuantizedTensor:
     spec: TensorSpec
 
     def dequantize(self) -> Tensor:
-        """``(codes - offset) * scale`` in float32, shape [out, in]."""
-        rows, groups = self.scale.shape
-        values = self.codes.view(rows, groups, -1).to(torch.float32)
+        """``(codes - offset) * scale`` in float32, of the shape of the codes."""
+        values = self.codes.view(*self.scale.shape, -1).to(torch.float32)
         if self.offset is not None:
             values = values - self.offset.unsqueeze(-1)
-        return (values * self.scale.unsqueeze(-1)).view(rows, -1)
+        return (values * self.scale.unsqueeze(-1)).view(self.codes.shape)
 
 
 class QuantizedLinear(nn.Module):
@@ -83,12 +85,12 @@ class QuantizedLinear(nn.Module):
     @property
     def out_features(self) -> int:
         """Rows of the weight."""
-        return self.codes.shape[0]
+        return self.codes.shape[-2]
 
     @property
     def in_features(self) -> int:
         """Columns of the weight."""
-        return self.codes.shape[1]
+        return self.codes.shape[-1]
 
     @property
     def weight(self) -> QuantizedTensor:
@@ -134,6 +136,42 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shape and scheme, for ``print(model)``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.spec.scheme}"
+
+
+class QuantizedExperts(QuantizedLinear):
+    """The quantized form of an ``ExpertLinear``: all experts in one batch, and each as a linear of its own.
+
+    Args:
+        weight: codes int8 [experts, out, in]; scale and offset [experts, out, groups].
+        spec: schemes of weight and activation.
+        bias: [experts, out] of any floating dtype, or None.
+        input_scale: float32 [experts, 1], for static activations.
+        input_offset: int8 [experts, 1], for static activations; zero when symmetric.
+    """
+
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        return self.codes.shape[0]
+
+    def linear(self, expert: int, rows: slice = slice(None)) -> QuantizedLinear:
+        """The linear of one expert, or that of some of its rows; shares memory with this module."""
+        offset = None if self.offset is None else self.offset[expert, rows]
+        weight = QuantizedTensor(self.codes[expert, rows], self.scale[expert, rows], offset, self.spec.weight)
+        bias = None if self.bias is None else self.bias[expert, rows]
+        if self.input_scale is None or self.input_offset is None:
+            return QuantizedLinear(weight, self.spec, bias)
+        return QuantizedLinear(weight, self.spec, bias, self.input_scale[expert], self.input_offset[expert])
+
+    def forward(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
+        """See ``ExpertLinear.forward``."""
+        y = x.new_zeros((len(x), self.out_features))
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                y[start : start + count] = self.linear(expert)(x[start : start + count])
+                start += count
+        return y
 
 
 def range_to_scale(low: Tensor, high: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:

@@ -145,6 +145,10 @@ class Registry:
         """Names of that kind that can be used, sorted."""
         return [entry.name for entry in self._of(kind) if entry.status == "ok"]
 
+    def claims(self, kind: str, name: str) -> bool:
+        """True when an installed distribution offers the name, be it usable or not."""
+        return any(entry.name == name for entry in self._of(kind))
+
     def load(self, kind: str, name: str) -> Any:
         """Import what the entry names: an object, or the package for practices and calibration sets.
 

@@ -45,7 +45,7 @@ def make_report(
     plan: Plan, save_path: Path, units: Sequence[dict[str, Any]], records: Sequence[TensorRecord]
 ) -> dict[str, Any]:
     """The report of a finished run; plain JSON values."""
-    before = sum(stored.nbytes for stored in plan.checkpoint.tensors.values())
+    before = sum(stored.nbytes for stored in plan.checkpoint.stored.values())
     after = sum(record.nbytes for record in records)
     return {
         "report": 1,

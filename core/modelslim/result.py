@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -13,7 +13,7 @@ from modelslim.checkpoint import DTYPE_NAMES, byte_view
 from modelslim.devices import work_alone
 from modelslim.files import copy_companions
 from modelslim.plan import Plan
-from modelslim.quantized import QuantizedLinear
+from modelslim.quantized import QuantizedExperts, QuantizedLinear
 from modelslim.saver import TensorRecord
 from modelslim.types import QuantSpec
 from modelslim.writer import OutputDirectory, ShardWriter, write_json
@@ -60,7 +60,7 @@ class ResultWriter:
 
         Args:
             unit: its name, for the journal; empty for what lies outside the units.
-            modules: quantized linears on the CPU, by stored name.
+            modules: quantized linears, and those of fused experts, on the CPU, by name in the model.
             copies: stored tensors that go into the result unchanged.
 
         Raises:
@@ -92,15 +92,26 @@ class ResultWriter:
     def _write(self, unit: str, modules: Mapping[str, QuantizedLinear], copies: Sequence[str]) -> None:
         saver, dtype = self._plan.saver, self._plan.info.dtype
         first = len(self._records)
-        for stored, module in modules.items():
-            for name, tensor in saver.encode(stored, module, dtype):
-                self._add(name, tensor, module.spec)
+        for stored, linear in self._stored(modules):
+            for name, tensor in saver.encode(stored, linear, dtype):
+                self._add(name, tensor, linear.spec)
         for name in copies:
             source = self._plan.checkpoint.tensors[name]
             self._shards.add(name, source.dtype, source.shape, source.nbytes, self._plan.checkpoint.chunks(name))
             self._records.append(TensorRecord(name, None, source.nbytes))
         entry = {"unit": unit, **self._shards.progress, "tensors": [record.name for record in self._records[first:]]}
         self._output.journal(entry)
+
+    def _stored(self, modules: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, QuantizedLinear]]:
+        """Every linear under its stored name, experts one by one."""
+        info = self._plan.info
+        for name, module in modules.items():
+            if isinstance(module, QuantizedExperts):
+                for expert, linears in enumerate(info.banks[name].linears):
+                    for linear, rows in zip(linears, info.banks[name].rows, strict=True):
+                        yield linear.stored, module.linear(expert, rows)
+            else:
+                yield info.linears[name].stored, module
 
     def _add(self, name: str, tensor: Tensor, spec: QuantSpec) -> None:
         data = byte_view(tensor.contiguous())

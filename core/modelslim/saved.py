@@ -20,6 +20,7 @@ from modelslim.errors import ModelError, nearest
 from modelslim.loader import Loader
 from modelslim.model_info import describe
 from modelslim.registry import Registry
+from modelslim.saved_experts import SavedExperts
 from modelslim.saver import SavedLinear, Saver
 
 
@@ -40,6 +41,10 @@ class RunOptions:
     trust_remote_code: bool = False
 
 
+Saved = SavedLinear | SavedExperts
+"""What makes one module."""
+
+
 class _Placeholder(nn.Module):
     """Stands where a quantized linear will be while it is resident."""
 
@@ -50,12 +55,11 @@ class SavedModel:
     Args:
         checkpoint: where its tensors are.
         options: how to run it.
-        saved: quantized linears by their names in the model; empty for a float model.
+        saved: quantized linears, and those of fused experts, by the names of the modules that they make;
+            empty for a float model.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, options: RunOptions, saved: Mapping[str, SavedLinear] | None = None
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, options: RunOptions, saved: Mapping[str, Saved] | None = None) -> None:
         kind, name, _ = choose_adapter(checkpoint.config, None, options.registry)
         model_type = checkpoint.config["model_type"]
         self.session = open_session(
@@ -67,7 +71,8 @@ class SavedModel:
         self._checkpoint = checkpoint
         self._device = options.device
         self._saved = saved or {}
-        sources = self.session.get_weight_sources(self.module, list(checkpoint.tensors))
+        checkpoint.decode(self.session.get_decoded_tensors(checkpoint.stored))
+        sources = self.session.get_weight_sources(self.module, checkpoint.shapes)
         for linear in self._saved:
             self.module.set_submodule(linear, _Placeholder())
         self._loader = Loader(self.module, checkpoint, sources, options.device)
@@ -76,23 +81,35 @@ class SavedModel:
         self.units = [request.name for request in self._visit]
         self._boundary: Boundary | None = None
 
-    def places(self, saved: Mapping[str, SavedLinear]) -> dict[str, SavedLinear]:
-        """Saved linears by their names in the model, which must be the float one.
+    def places(self, saved: Mapping[str, SavedLinear]) -> dict[str, Saved]:
+        """Saved linears by the names of the modules that they make in the model, which must be the float one.
 
         Args:
             saved: quantized linears by stored name.
 
         Raises:
-            ModelError: one of them is no linear of this model.
+            ModelError: one of them is no linear of this model, or some experts of a layer are missing.
         """
-        linears = describe(self.module, self._visit, self._loader).linears.values()
-        names = {linear.stored: linear.name for linear in linears}
-        unknown = next((stored for stored in saved if stored not in names), None)
+        info = describe(self.module, self._visit, self._loader)
+        linears = {linear.stored: linear for linear in info.linears.values()}
+        unknown = next((stored for stored in saved if stored not in linears), None)
         if unknown is not None:
             raise ModelError(
-                f"{unknown} is quantized and is no linear of the float model", hint=nearest(unknown, names)
+                f"{unknown} is quantized and is no linear of the float model", hint=nearest(unknown, linears)
             )
-        return {names[stored]: linear for stored, linear in saved.items()}
+        places: dict[str, Saved] = {}
+        for stored, found in saved.items():
+            linear = linears[stored]
+            if not linear.bank:
+                places[linear.name] = found
+            elif linear.bank not in places:
+                bank = info.banks[linear.bank]
+                lacking = next((one.stored for row in bank.linears for one in row if one.stored not in saved), None)
+                if lacking is not None:
+                    raise ModelError(f"{stored} is quantized, and {lacking} of the same layer is not")
+                experts = [[saved[one.stored] for one in row] for row in bank.linears]
+                places[linear.bank] = SavedExperts(experts, bank.rows)
+        return places
 
     def load(self) -> nn.Module:
         """Fill the whole model, to be used as any module."""
@@ -105,7 +122,7 @@ class SavedModel:
         inside = tuple(f"{unit}." for unit in self.units)
         self._decode(name for name in self._saved if not name.startswith(inside))
         self._loader.fill_on_demand(self.units)
-        self._boundary = Boundary(self.session, self.module, inputs)
+        self._boundary = Boundary(self.session, self.module, inputs, self.units)
 
     def pass_unit(self, unit: str) -> None:
         """Run all inputs through a unit."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,12 @@ import pluggy
 
 from modelslim import hookspecs
 from modelslim.errors import CapabilityError, PluginError, nearest
-from modelslim.types import ProcessRequest, WeightSource
+from modelslim.types import DecodedTensor, ProcessRequest, WeightSource
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from modelslim.checkpoint import StoredTensor
 
 ADAPTER = "adapter"
 
@@ -95,13 +98,25 @@ class Session:
             )
         return forward
 
+    def make_tiny_checkpoint(self, model: nn.Module, path: Path) -> Sequence[Any] | None:
+        """Inputs for the tiny checkpoint now at ``path``; None when the adapter does not make one."""
+        inputs: Sequence[Any] | None = self._ask("make_tiny_checkpoint", model=model, path=path)
+        return inputs
+
     def enable_kv_cache(self, model: nn.Module, need_kv_cache: bool) -> None:
         """Switch the cache; does nothing when the adapter has no cache to switch."""
         self._ask("enable_kv_cache", model=model, need_kv_cache=need_kv_cache)
 
-    def get_weight_sources(self, model: nn.Module, keys: Sequence[str]) -> Mapping[str, WeightSource] | None:
+    def get_decoded_tensors(self, tensors: Mapping[str, StoredTensor]) -> Mapping[str, DecodedTensor]:
+        """Float tensors that are stored in quantized form; empty when the adapter knows of none."""
+        decoded: Mapping[str, DecodedTensor] | None = self._ask("get_decoded_tensors", tensors=tensors)
+        return decoded or {}
+
+    def get_weight_sources(
+        self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, WeightSource] | None:
         """Where parameters are stored; None when the adapter leaves each under its own name."""
-        sources: Mapping[str, WeightSource] | None = self._ask("get_weight_sources", model=model, keys=keys)
+        sources: Mapping[str, WeightSource] | None = self._ask("get_weight_sources", model=model, shapes=shapes)
         return sources
 
     def get_adapter_config_for_subgraph(self, model: nn.Module) -> Sequence[Any] | None:
@@ -162,18 +177,20 @@ class Session:
         other_name = self._manager.get_name(plugin)
         if other_name is not None:
             raise PluginError(f"{who} takes part already, as {other_name!r}", hint="name it only once")
-        for attribute in dir(plugin):
-            if _is_function(plugin, attribute):
-                self._inspect(who, plugin, attribute)
+        functions = {name: self._manager.parse_hookimpl_opts(plugin, name) for name in _functions(plugin)}
+        answered = {options["specname"] for options in functions.values() if options is not None}
+        for attribute, options in functions.items():
+            # A function without the marker may keep a hook's name when another one answers that hook for it.
+            if options is not None or attribute not in answered:
+                self._inspect(who, plugin, attribute, options)
         try:
             self._manager.register(plugin, name)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise PluginError(f"{who} implements a hook wrongly: {error}", hint="see modelslim.hookspecs") from error
 
-    def _inspect(self, who: str, plugin: object, attribute: str) -> None:
+    def _inspect(self, who: str, plugin: object, attribute: str, options: Any) -> None:
         """Refuse what pluggy would ignore or explain badly about one function of a participant."""
-        options = self._manager.parse_hookimpl_opts(plugin, attribute)
         if options is None:
             if attribute in self._specs:
                 raise PluginError(
@@ -228,6 +245,10 @@ def _read_specs(manager: pluggy.PluginManager) -> dict[str, _Spec]:
             arguments = tuple(inspect.signature(getattr(hookspecs, name)).parameters)
             specs[name] = _Spec(arguments, options["firstresult"])
     return specs
+
+
+def _functions(plugin: object) -> list[str]:
+    return [name for name in dir(plugin) if _is_function(plugin, name)]
 
 
 def _is_function(plugin: object, name: str) -> bool:

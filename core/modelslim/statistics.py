@@ -9,7 +9,7 @@ activations: nothing here waits for the device during the pass.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -75,11 +75,21 @@ class TensorRange(Statistic):
 S = TypeVar("S", bound=Statistic)
 
 
-class UnitStatistics:
-    """The statistics of one unit, by the name of the linear whose input was measured."""
+Port = dict[type[Statistic], Statistic]
+"""What is measured at one input, by kind."""
 
-    def __init__(self, ports: Mapping[str, Mapping[type[Statistic], Statistic]]) -> None:
+
+class UnitStatistics:
+    """The statistics of one unit, by the name of the linear whose input was measured.
+
+    Args:
+        ports: those of linears.
+        experts: those of fused experts, one for each expert.
+    """
+
+    def __init__(self, ports: Mapping[str, Port], experts: Mapping[str, Sequence[Port]] | None = None) -> None:
         self._ports = ports
+        self._experts = experts or {}
 
     def get(self, linear: str, kind: type[S]) -> S:
         """The statistic of that kind at the input of that linear.
@@ -90,3 +100,12 @@ class UnitStatistics:
         statistic = self._ports[linear][kind]
         assert isinstance(statistic, kind)
         return statistic
+
+    def get_experts(self, linear: str, kind: type[S]) -> list[S]:
+        """The statistics of that kind at the input of an ``ExpertLinear``, one for each expert.
+
+        Raises:
+            KeyError: it was not declared by ``Algorithm.needs``.
+        """
+        statistics = [port[kind] for port in self._experts[linear]]
+        return [statistic for statistic in statistics if isinstance(statistic, kind)]

@@ -112,6 +112,8 @@ class LinearInfo:
         in_features: columns of the weight.
         has_bias: True when it has a bias.
         dtype: dtype of the weight in the model, such as ``bfloat16``.
+        bank: name of the module that holds it together with those of the other experts of its
+            layer; empty for a linear that is a module of its own.
     """
 
     name: str
@@ -121,6 +123,12 @@ class LinearInfo:
     in_features: int
     has_bias: bool
     dtype: str
+    bank: str = ""
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds its weight, under which an algorithm finds it in a unit."""
+        return self.bank or self.name
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,28 @@ class WeightSource:
         keys: names in the checkpoint. The result is written under the first.
         convert: makes the parameter from the stored tensors, in the order of ``keys``; None when
             the single stored tensor is the parameter.
+        experts: for the weight of an ``ExpertLinear``, the names under which the linears of each
+            expert are written, without ``.weight``: one tuple per expert, in the order of its
+            ``parts``. Empty: ``<experts>.<number>.<part>``.
     """
 
     keys: tuple[str, ...]
     convert: Callable[[list[Tensor]], Tensor] | None = None
+    experts: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class DecodedTensor:
+    """A float tensor that a checkpoint holds in quantized form, such as float8 codes and scales per block.
+
+    Attributes:
+        keys: names of the stored tensors that make it.
+        dtype: its dtype, such as ``bfloat16``.
+        shape: its shape.
+        decode: makes it, contiguous, from the stored tensors in the order of ``keys``.
+    """
+
+    keys: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    decode: Callable[[list[Tensor]], Tensor]

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ from modelslim.cli.main import main
 
 Result = subprocess.CompletedProcess[str]
 Program = Callable[..., Result]
+# A shell that starts the tests in the background has them ignore Ctrl-C, which the programs would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 Snapshot = Callable[[Path], dict[str, str]]
 
 GUIDE_STATIC = Path(__file__).parents[1] / "protocol" / "good" / "guide_static.yaml"

@@ -494,7 +494,7 @@ def test_wrong_data_do_not_hide_a_wrong_protocol(attempt: Attempt) -> None:
     [
         (lambda attempt: attempt.config.write_text(GOOD.replace("part_file_size", "part_size")), "ProtocolError", 2),
         (lambda attempt: cut("model.safetensors", 1000)(attempt.model), "ModelError", 2),
-        (lambda attempt: attempt.calibration.write_text(""), "DatasetError", 2),
+        (lambda attempt: attempt.calibration.write_text(""), "InvalidDatasetError", 2),
         (lambda attempt: attempt.save.mkdir() or (attempt.save / "x").touch(), "UsageError", 2),
     ],
 )

@@ -91,7 +91,14 @@ def test_the_example_of_the_integration_guide_has_a_prompt_and_its_dataset(regis
 def test_a_vlm_protocol_without_a_prompt_gets_the_documented_one(registry: Registry) -> None:
     text = (HERE / "good" / "minimal.yaml").read_text(encoding="utf-8")
     document = parse_document(text.replace("modelslim_v1", "multimodal_vlm_modelslim_v1"))
-    assert load_document(document, registry).default_text == "Describe this image in detail."
+    protocol = load_document(document, registry)
+    assert protocol.default_text == "Describe this image in detail."
+    assert (protocol.dataset, protocol.runner) == ("calibImages", "layer_wise")
+    assert protocol.is_multimodal and not load_protocol(HERE / "good" / "minimal.yaml", registry).is_multimodal
+
+
+def test_a_runner_that_a_vlm_protocol_does_not_know_is_kept_for_the_plan_to_warn(registry: Registry) -> None:
+    assert load_protocol(HERE / "good" / "vlm_runner_unknown.yaml", registry).runner == "layer_wize"
 
 
 def test_every_key_of_the_envelope_arrives(registry: Registry) -> None:

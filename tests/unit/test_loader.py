@@ -28,7 +28,7 @@ def opened(path: Path, device: str = "cpu") -> Iterator[tuple[Any, Loader]]:
     adapter = Registry.scan().load("adapters", "transformers")("llama", path)
     model = adapter.init_model(device)
     with Checkpoint(path) as checkpoint:
-        yield model, Loader(model, checkpoint, adapter.get_weight_sources(model, list(checkpoint.tensors)), "cpu")
+        yield model, Loader(model, checkpoint, adapter.get_weight_sources(model, checkpoint.shapes), "cpu")
 
 
 def reference(path: Path) -> Any:

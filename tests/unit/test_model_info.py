@@ -24,7 +24,7 @@ def describe_checkpoint(path: Path, model_type: str = "llama") -> ModelInfo:
     adapter = Registry.scan().load("adapters", "transformers")(model_type, path)
     model = adapter.init_model("meta")
     checkpoint = Checkpoint(path)
-    sources = adapter.get_weight_sources(model, list(checkpoint.tensors))
+    sources = adapter.get_weight_sources(model, checkpoint.shapes)
     return describe(model, list(adapter.generate_model_visit(model)), Loader(model, checkpoint, sources, "cpu"))
 
 
@@ -101,14 +101,28 @@ def test_biases_are_seen(llama_factory: Any) -> None:
 
 def test_fused_experts_and_routers_are_told_apart_from_linears(tiny_moe: Path) -> None:
     info = describe_checkpoint(tiny_moe, "qwen3_moe")
-    parts = {name.rpartition(".")[2] for name in info.linears}
-    assert parts == {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"}
-    expected: dict[str, tuple[int, ...]] = {}
-    for unit in info.units:
-        expected[f"{unit}.mlp.experts.gate_up_proj"] = (4, 64, 64)
-        expected[f"{unit}.mlp.experts.down_proj"] = (4, 64, 32)
-        expected[f"{unit}.mlp.gate.weight"] = (4, 64)
-    assert dict(info.fused) == expected
+    shapes = {
+        name: (linear.out_features, linear.in_features)
+        for name, linear in info.linears.items()
+        if linear.unit == info.units[1] and "self_attn" not in name
+    }
+    assert shapes == {
+        f"{info.units[1]}.mlp.experts.{expert}.{part}": shape
+        for expert in range(4)
+        for part, shape in (("gate_proj", (32, 64)), ("up_proj", (32, 64)), ("down_proj", (64, 32)))
+    }
+    linear = info.linears[f"{info.units[1]}.mlp.experts.2.up_proj"]
+    assert linear.stored == linear.name
+    assert (linear.bank, linear.module) == (f"{info.units[1]}.mlp.experts.gate_up_proj",) * 2
+    assert dict(info.fused) == {f"{unit}.mlp.gate.weight": (4, 64) for unit in info.units}
+    assert info.holders[info.units[0]] == [
+        f"{info.units[0]}.{name}"
+        for name in (
+            *(f"self_attn.{part}_proj" for part in "qkvo"),
+            "mlp.experts.gate_up_proj",
+            "mlp.experts.down_proj",
+        )
+    ]
 
 
 def test_linears_are_grouped_by_unit(tmp_path: Path) -> None:

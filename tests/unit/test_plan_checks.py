@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modelslim.errors import Diagnostic, ModelError, ModelSlimError, ProtocolError, UsageError
+from modelslim.patterns import Selector
 from modelslim.plan import Plan, make_plan
+from modelslim.registry import Registry
 
 HEAD = "apiversion: modelslim_v1\nspec:\n  process:\n"
 SAVE = "  save:\n    - type: ascendv1_saver\n"
@@ -261,9 +263,40 @@ def test_a_model_that_is_quantized_already_is_refused(tiny_llama: Path, protocol
     assert f"{name} holds I8 codes" in problem.message
 
 
-def test_a_pattern_that_means_fused_experts_is_told_so(tiny_moe: Path, protocol: Protocol) -> None:
+@pytest.mark.parametrize("pattern", ["*experts*", "*mlp.experts.*", "*.experts.{0,1,2,3}.{gate,up,down}_proj"])
+def test_fused_experts_are_selected_as_if_each_were_linears_of_its_own(
+    pattern: str, tiny_moe: Path, protocol: Protocol
+) -> None:
+    plan = accepted(tiny_moe, protocol(HEAD + entry(f'["{pattern}"]') + SAVE))
+    stored = {name for part in tiny_moe.glob("*.safetensors") for name in load_file(part)}
+    experts = {name for name in stored if ".experts." in name}
+    assert {f"{name}.weight" for name in plan.specs} == experts
+    assert plan.replaced == experts
+
+
+def test_the_name_of_the_fused_weight_selects_it(tiny_moe: Path, protocol: Protocol) -> None:
+    info = accepted(tiny_moe, protocol(HEAD + entry() + SAVE)).info
+    chosen = Selector(["*gate_up_proj"]).select(info.linears.values())
+    assert {linear.name.rpartition(".")[2] for linear in chosen} == {"gate_proj", "up_proj"}
+    assert len(chosen) == 2 * 4 * len(info.units)
+
+
+@pytest.mark.parametrize("pattern", ["*experts.0.*", "*experts.*.gate_proj", "*.experts.[0-2].*"])
+def test_some_of_what_is_fused_cannot_be_quantized_alone(pattern: str, tiny_moe: Path, protocol: Protocol) -> None:
+    problems = refused(tiny_moe, protocol(HEAD + entry(f'["{pattern}"]') + SAVE))
+    (problem,) = (problem for problem in problems if "fused experts" in problem.message)
+    assert problem.path == "spec.process[0]"
+    assert "which are one weight of fused experts" in problem.message
+    assert "'*experts*'" in problem.hint
+
+
+def test_an_algorithm_that_knows_no_fused_experts_is_not_given_any(
+    tiny_moe: Path, protocol: Protocol, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Registry.scan().load("algorithms", "linear_quant"), "takes_experts", False)
     (problem,) = refused(tiny_moe, protocol(HEAD + entry('["*experts*"]') + SAVE))
-    assert "fused into one weight" in problem.hint
+    assert problem.message.startswith("linear_quant does not quantize fused experts, and it selects model.layers.0.")
+    assert "exclude" in problem.hint
 
 
 def test_a_dataset_is_looked_for_beside_the_protocol(tiny_llama: Path, protocol: Protocol) -> None:
@@ -353,16 +386,20 @@ def test_a_published_name_that_nobody_knows_is_a_warning(tiny_llama: Path, proto
     assert plan.adapter == "transformers"
 
 
-def test_experts_that_stay_float_are_said_and_dense_models_are_quiet(
-    tiny_moe: Path, tiny_llama: Path, protocol: Protocol
+def test_stacked_experts_that_no_adapter_takes_apart_are_said(
+    tiny_moe: Path, tiny_llama: Path, protocol: Protocol, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = protocol(HEAD + entry() + SAVE)
+    file = protocol(HEAD + entry('["*self_attn*"]') + SAVE)
+    assert accepted(tiny_moe, file).warnings == []
+    assert accepted(tiny_llama, file).warnings == []
+    monkeypatch.setattr("modelslim_transformers.experts._is_conventional", lambda module: False)
     (warning,) = accepted(tiny_moe, file).warnings
     tensors = {name: tensor for part in tiny_moe.glob("*.safetensors") for name, tensor in load_file(part).items()}
     experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name)
     share = experts / sum(tensor.numel() for tensor in tensors.values())
     assert f"stay float: {share:.0%} of all parameters" in warning
-    assert accepted(tiny_llama, file).warnings == []
+    (problem,) = refused(tiny_moe, protocol(HEAD + entry('["*experts*"]') + SAVE))
+    assert "stacked" in problem.hint
 
 
 def test_a_protocol_that_selects_nothing_is_refused(tiny_llama: Path, protocol: Protocol) -> None:

@@ -49,8 +49,8 @@ class Doubling:
         return answer + 1
 
     @hookimpl
-    def get_weight_sources(self, keys: list[str]) -> dict[str, WeightSource]:
-        return {key.upper(): WeightSource((key,)) for key in keys}
+    def get_weight_sources(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, WeightSource]:
+        return {key.upper(): WeightSource((key,)) for key in shapes}
 
     @hookimpl
     def get_rotate_map(self, model: nn.Module, block_size: int) -> list[int]:
@@ -67,7 +67,7 @@ def test_the_adapter_answers_through_typed_methods() -> None:
     with pytest.raises(StopIteration) as stop:
         forward.send(41)
     assert stop.value.value == 42
-    assert session.get_weight_sources(model, ["a"]) == {"A": WeightSource(("a",))}
+    assert session.get_weight_sources(model, {"a": (1,)}) == {"A": WeightSource(("a",))}
     assert session.get_rotate_map(model, block_size=-1) == [-1]
 
 
@@ -81,7 +81,7 @@ def test_hooks_that_nobody_answers_are_missing_capabilities() -> None:
     assert session.get_bake_names(model) is None
     assert session.get_adapter_config_for_subgraph(model) is None
     session.enable_kv_cache(model, need_kv_cache=False)
-    assert Session(Nothing()).get_weight_sources(model, []) is None
+    assert Session(Nothing()).get_weight_sources(model, {}) is None
 
 
 @pytest.mark.parametrize("hook", REQUIRED)

@@ -13,6 +13,7 @@ from modelslim.errors import (
     CapabilityError,
     DatasetError,
     Diagnostic,
+    InvalidDatasetError,
     ModelError,
     ModelSlimError,
     PluginError,
@@ -37,6 +38,7 @@ EXIT_CODES: Sequence[tuple[type[BaseException], int]] = (
     (CapabilityError, WRONG_INPUT),
     (ModelError, WRONG_INPUT),
     (DatasetError, WRONG_INPUT),
+    (InvalidDatasetError, WRONG_INPUT),
     (PluginError, WRONG_PLUGIN),
     (ModelSlimError, FAILED),
     (click.ClickException, WRONG_INPUT),
@@ -44,6 +46,9 @@ EXIT_CODES: Sequence[tuple[type[BaseException], int]] = (
     (KeyboardInterrupt, INTERRUPTED),
 )
 """The first row whose type fits decides; what fits none is our bug."""
+
+NAMED = frozenset({InvalidDatasetError.__name__})
+"""Errors whose names people know from the integration guide and look for."""
 
 
 @dataclass(frozen=True)

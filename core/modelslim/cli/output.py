@@ -11,7 +11,7 @@ from typing import IO, Any, Literal
 
 import click
 
-from modelslim.cli.errors import Report, describe
+from modelslim.cli.errors import NAMED, Report, describe
 
 Mode = Literal["human", "json", "quiet"]
 
@@ -105,7 +105,8 @@ pass_output = click.make_pass_decorator(Output, ensure=True)
 def _lines(report: Report) -> str:
     """An error for people: the message, one line per diagnostic with its hint below, the hint."""
     hint = click.style("hint:", fg="cyan")
-    lines = [f"{click.style('error:', fg='red', bold=True)} {report.message}"]
+    name = f"{report.kind}: " if report.kind in NAMED else ""
+    lines = [f"{click.style('error:', fg='red', bold=True)} {name}{report.message}"]
     for diagnostic in report.diagnostics:
         lines.append(": ".join(part for part in (diagnostic.place, diagnostic.path, diagnostic.message) if part))
         if diagnostic.hint:

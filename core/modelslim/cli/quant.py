@@ -72,8 +72,24 @@ def command(
         for warning in plan.warnings:
             output.warn(warning)
         report = run_plan(plan, save_path)
+    unseen = idle_experts(report)
+    if unseen:
+        borrowed = sum(len(unit.get("borrowed", ())) for unit in report["units"])
+        what = f"; {borrowed} of their linears are calibrated by the other experts' tokens" if borrowed else ""
+        output.warn(f"{len(unseen)} experts saw no calibration token, such as {unseen[0]}{what}; see report.json")
     output.table(f"Quantized in {time.monotonic() - start:.1f} s", ["", ""], summary(report))
     output.data(report)
+
+
+def idle_experts(report: Mapping[str, Any]) -> list[str]:
+    """Names of the fused experts to which no calibration token was routed."""
+    return [
+        f"{layer}.{number}"
+        for unit in report["units"]
+        for layer, seen in unit.get("experts", {}).items()
+        for number, tokens in enumerate(seen["tokens"])
+        if not tokens
+    ]
 
 
 def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:

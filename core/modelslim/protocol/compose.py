@@ -63,7 +63,9 @@ def compose(apiversion: str, registry: Registry, types: Collection[str] | None =
         raise ProtocolError(refusal[0], hint=refusal[1])
     file = resources.files("modelslim.schemas") / f"{apiversion}{_SUFFIX}"
     schema: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    schema["properties"]["spec"]["properties"]["runner"]["enum"] = ["auto", *registry.names("runners")]
+    runner = schema["properties"]["spec"]["properties"]["runner"]
+    if "enum" in runner:  # an apiversion with one runner takes any word, and the plan warns
+        runner["enum"] += registry.names("runners")
     for noun, kind in KINDS.items():
         names = registry.names(kind)
         definition = schema["definitions"][noun]

@@ -9,6 +9,9 @@ from typing import Any
 
 from modelslim.protocol.document import Document, Steps
 
+MULTIMODAL = "multimodal_vlm_modelslim_v1"
+"""The apiversion whose calibration samples hold images, audio or video, and which knows one runner."""
+
 
 @dataclass(frozen=True)
 class Processor:
@@ -60,7 +63,8 @@ class Protocol:
         process: the main stage's processors, in order; at least one.
         save: the savers; at least one.
         dataset: name or path of the calibration set.
-        default_text: prompt for images that come without one; None where the apiversion has none.
+        experts: how experts are calibrated; one of ``modelslim.coverage.POLICIES``.
+        default_text: prompt of samples that come without one; None where the apiversion has none.
         metadata: what a practice says about itself; empty when it says nothing.
         document: the document, for the positions of later diagnostics.
     """
@@ -71,6 +75,12 @@ class Protocol:
     process: tuple[Processor, ...]
     save: tuple[SaverEntry, ...]
     dataset: str
+    experts: str
     default_text: str | None
     metadata: Mapping[str, Any]
     document: Document = field(repr=False)
+
+    @property
+    def is_multimodal(self) -> bool:
+        """True when calibration samples may hold images, audio or video."""
+        return self.apiversion == MULTIMODAL

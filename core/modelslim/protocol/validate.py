@@ -205,6 +205,7 @@ def _protocol(
             SaverEntry(item["type"], item, place) for place, item in entries(("spec", "save"), spec.get("save"))
         ),
         dataset=setting("dataset"),
+        experts=setting("experts"),
         default_text=setting("default_text"),
         metadata=metadata if ("metadata",) not in wrong else {},
         document=document,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from typing import Any
@@ -14,14 +14,17 @@ from torch import nn
 
 from modelslim.activations import Boundary
 from modelslim.algorithm import Unit
+from modelslim.coverage import cover
 from modelslim.devices import synchronize, work_alone
 from modelslim.errors import QuantizationError
+from modelslim.experts import FusedExperts
 from modelslim.loader import Loader
 from modelslim.plan import Plan
 from modelslim.ports import Kinds, PortCollector
 from modelslim.quantized import QuantizedLinear
 from modelslim.result import ResultWriter
 from modelslim.statistics import UnitStatistics
+from modelslim.types import QuantSpec
 
 OUTSIDE = ""
 """Stands for a unit: the linears outside all units, worked on after the last one."""
@@ -41,6 +44,7 @@ class Engine:
         self._units = list(plan.info.units)
         self._model = plan.session.init_model(plan.device) if plan.samples else plan.model
         self._loader = Loader(self._model, plan.checkpoint, plan.loader.sources, plan.device)
+        self._policy = plan.protocol.experts
         self._last_pass = self._find_last_pass()
         self._records: list[dict[str, Any]] = []
 
@@ -48,7 +52,8 @@ class Engine:
         """Do the work.
 
         Returns:
-            One record per unit: name, seconds by phase, tokens, scheme of every quantized linear.
+            One record per unit: name, seconds by phase, scheme of every quantized linear, tokens, those of
+            each fused expert, and experts whose statistics are those of others.
         """
         outside = PortCollector(self._linears(OUTSIDE), self._needs(self._views(OUTSIDE)))
         with torch.no_grad(), ThreadPoolExecutor(1, "reader", work_alone) as reader, outside, ExitStack() as stack:
@@ -74,7 +79,8 @@ class Engine:
         self._loader.fill_on_demand(self._units)
         if plan.session.has("enable_kv_cache"):
             plan.session.enable_kv_cache(self._model, False)
-        boundary = Boundary(plan.session, self._model, plan.session.handle_dataset(plan.samples, plan.device))
+        inputs = plan.session.handle_dataset(plan.samples, plan.device)
+        boundary = Boundary(plan.session, self._model, inputs, self._units)
         outside.next_sample()
         # Every sample has passed the embeddings, which weigh as much as several units.
         self._loader.release_filled()
@@ -83,9 +89,15 @@ class Engine:
     def _unit(self, index: int, boundary: Boundary | None, outside: PortCollector, clock: _Clock) -> None:
         unit = self._units[index]
         views = self._views(unit)
-        ports = PortCollector(self._linears(unit), self._needs(views))
+        needs = self._needs(views)
+        ports = PortCollector(self._linears(unit), needs)
         tokens = 0
+        layers = self._expert_layers(unit)
         if boundary is not None and index <= self._last_pass:
+            for name, layer in layers.items():
+                layer.count_tokens()
+                # Only what is measured has to see more than its tokens.
+                layer.show_all = self._policy == "all" and any(one.startswith(f"{name}.") for one in needs)
 
             def after_sample() -> None:
                 ports.next_sample()
@@ -93,6 +105,7 @@ class Engine:
 
             with ports:
                 tokens = boundary.run_unit(unit, after_sample, resume=index < self._last_pass)
+        borrowed = cover(ports, list(needs), self._policy) if tokens else []
         clock.lap("calibrate")
         modules = self._quantize(views, ports.statistics())
         clock.lap("quantize")
@@ -100,7 +113,8 @@ class Engine:
         self._writer.put(unit, modules, copies)
         self._loader.release(self._names(index))
         clock.lap("write")
-        self._finish(unit, index, clock, tokens)
+        experts = {name: {"tokens": layer.tokens_seen} for name, layer in layers.items() if tokens}
+        self._finish(unit, index, clock, {"tokens": tokens, "experts": experts, "borrowed": borrowed})
 
     def _outside(self, statistics: UnitStatistics) -> None:
         """Quantize what lies outside the units; each weight is read here if no forward needed it."""
@@ -111,10 +125,10 @@ class Engine:
         clock.lap("read")
         self._writer.put(OUTSIDE, self._quantize(self._views(OUTSIDE), statistics), [])
         clock.lap("quantize")
-        self._finish(OUTSIDE, len(self._units), clock, 0)
+        self._finish(OUTSIDE, len(self._units), clock, {"tokens": 0})
 
     def _quantize(self, views: Sequence[Unit], statistics: UnitStatistics) -> dict[str, QuantizedLinear]:
-        """Run the algorithms; quantized linears by stored name, on the CPU."""
+        """Run the algorithms; what replaces linears, by name, on the CPU."""
         replaced: dict[str, nn.Module] = {}
         for step, view in zip(self._plan.steps, views, strict=True):
             replaced.update(step.algorithm.apply(view, statistics))
@@ -122,12 +136,16 @@ class Engine:
         for name, module in replaced.items():
             if not isinstance(module, QuantizedLinear):
                 raise QuantizationError(f"{name}: an algorithm put {type(module).__name__} in its place")
-            result[self._plan.info.linears[name].stored] = module.to("cpu")
+            result[name] = module.to("cpu")
         return result
 
-    def _finish(self, unit: str, index: int, clock: _Clock, tokens: int) -> None:
-        linears = {name: self._plan.specs[name].scheme for name in self._claimed(unit)}
-        record = {"unit": unit, "seconds": clock.laps, "tokens": tokens, "linears": linears}
+    def _expert_layers(self, unit: str) -> dict[str, FusedExperts]:
+        modules = self._model.get_submodule(unit).named_modules(prefix=unit)
+        return {name: module for name, module in modules if isinstance(module, FusedExperts)}
+
+    def _finish(self, unit: str, index: int, clock: _Clock, seen: Mapping[str, Any]) -> None:
+        linears = {name: spec.scheme for name, spec in self._claimed(unit).items()}
+        record = {"unit": unit, "seconds": clock.laps, "linears": linears, **seen}
         self._records.append(record)
         self._plan.session.unit_finished(unit, index, self._total, record)
 
@@ -135,12 +153,13 @@ class Engine:
     def _total(self) -> int:
         return len(self._units) + bool(self._claimed(OUTSIDE))
 
-    def _claimed(self, unit: str) -> list[str]:
-        """Names of the unit's linears that are quantized."""
-        return [linear.name for linear in self._plan.info.by_unit[unit] if linear.name in self._plan.specs]
+    def _claimed(self, unit: str) -> dict[str, QuantSpec]:
+        """What the modules of the unit become whose linears are quantized, by name."""
+        specs = self._plan.specs
+        return {one.module: specs[one.name] for one in self._plan.info.by_unit[unit] if one.name in specs}
 
     def _linears(self, unit: str) -> Mapping[str, nn.Module]:
-        return {linear.name: self._model.get_submodule(linear.name) for linear in self._plan.info.by_unit[unit]}
+        return {name: self._model.get_submodule(name) for name in self._plan.info.holders[unit]}
 
     def _views(self, unit: str) -> list[Unit]:
         """The unit as each step sees it."""
@@ -167,8 +186,8 @@ class Engine:
         unit = self._units[index]
         return self._loader.names(unit) if index <= self._last_pass else self._parameters(self._claimed(unit))
 
-    def _parameters(self, linears: Sequence[str]) -> list[str]:
-        return [name for linear in linears for name in self._loader.names(linear)]
+    def _parameters(self, modules: Iterable[str]) -> list[str]:
+        return [name for module in modules for name in self._loader.names(module)]
 
     def _stored(self, unit: str) -> list[str]:
         """Stored tensors of a unit, in the order of its parameters."""

@@ -19,8 +19,7 @@ Perturb norms and biases: ones and zeros hide mistakes. Two layers of each kind 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,60 +27,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modelslim.activations import Boundary
 from modelslim.checkpoint import Checkpoint
-from modelslim.loader import Loader
 from modelslim.model_info import describe
+from modelslim.open_model import OpenModel, call_model, tensors_in
 from modelslim.session import Session
-from modelslim.types import ProcessRequest
-
-
-@dataclass(frozen=True)
-class OpenModel:
-    """A model as the engine holds it before the first unit.
-
-    Attributes:
-        session: the adapter's hooks.
-        model: what ``init_model("cpu")`` gave.
-        checkpoint: the source.
-        loader: fills the model.
-        visit: the units, in the order of the forward.
-    """
-
-    session: Session
-    model: nn.Module
-    checkpoint: Checkpoint
-    loader: Loader
-    visit: Sequence[ProcessRequest]
-
-    @classmethod
-    def of(cls, adapter: object, checkpoint: Checkpoint) -> OpenModel:
-        """Open the checkpoint with the adapter."""
-        session = Session(adapter)
-        model = session.init_model("cpu")
-        sources = session.get_weight_sources(model, list(checkpoint.tensors))
-        loader = Loader(model, checkpoint, sources, "cpu")
-        return cls(session, model, checkpoint, loader, list(session.generate_model_visit(model)))
-
-    def fill(self) -> None:
-        """Load every parameter."""
-        self.loader.install(self.loader.read(self.loader.names()))
-
-    def run_units(self, inputs: Sequence[Any]) -> list[Any]:
-        """Run all inputs in lockstep, one unit resident at a time; what each forward returned."""
-        units = [request.name for request in self.visit]
-        self.loader.fill_on_demand(units)
-        boundary = Boundary(self.session, self.model, inputs)
-        self.loader.release_filled()
-        for unit in units[:-1]:
-            names = self.loader.names(unit)
-            self.loader.install(self.loader.read(names))
-            boundary.run_unit(unit, lambda: None)
-            self.loader.release(names)
-        self.loader.install(self.loader.read(self.loader.names(units[-1])))
-        outputs = [boundary.finish_sample(index, units[-1]) for index in range(len(inputs))]
-        boundary.close()
-        return outputs
 
 
 class AdapterContract:
@@ -117,8 +66,7 @@ class AdapterContract:
             inputs: one element of what ``handle_dataset`` gave.
             checkpoint: its directory.
         """
-        output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        return getattr(output, "logits", output)
+        return call_model(model, inputs)
 
     def test_hooks_obey_their_specifications(self, adapter: object) -> None:
         """The arguments are those of the hooks, nothing is misspelt, and the four that every run needs are there."""
@@ -136,7 +84,7 @@ class AdapterContract:
     def test_weight_sources_do_not_depend_on_the_device(self, adapter: object, opened: OpenModel) -> None:
         """The run uses the sources that the plan found with a model on meta."""
         session = Session(adapter)
-        sources = session.get_weight_sources(session.init_model("meta"), list(opened.checkpoint.tensors))
+        sources = session.get_weight_sources(session.init_model("meta"), opened.checkpoint.shapes)
         if sources is not None:
             assert {name: source.keys for name, source in sources.items()} == {
                 name: source.keys for name, source in opened.loader.sources.items()
@@ -179,20 +127,9 @@ class AdapterContract:
         whole = OpenModel.of(adapter, opened.checkpoint)
         whole.fill()
         for index, sample in enumerate(inputs):
-            expected = _tensors(self.whole_forward(whole.model, sample, checkpoint))
+            expected = tensors_in(self.whole_forward(whole.model, sample, checkpoint))
             assert expected, "whole_forward returned no tensor"
-            _assert_identical(_tensors(actual[index]), expected, f"sample {index}")
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Every tensor in an output, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [tensor for item in value for tensor in _tensors(item)]
+            _assert_identical(tensors_in(actual[index]), expected, f"sample {index}")
 
 
 def _assert_identical(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:

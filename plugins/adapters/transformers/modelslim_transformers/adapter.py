@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generic adapter: any decoder-only transformers model, without code of its own."""
+"""The generic adapter: any transformers language or multimodal model, without code of its own."""
 
 from __future__ import annotations
 
@@ -10,17 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from modelslim.api import DatasetError, ModelError, ProcessRequest, WeightSource, drive, hookimpl
+from modelslim.api import (
+    DatasetError,
+    ModelError,
+    ProcessRequest,
+    VlmCalibSample,
+    WeightSource,
+    drive,
+    hookimpl,
+)
+from modelslim_transformers.experts import fuse_experts
+from modelslim_transformers.inputs import first_line, media, process, require_modalities, to_device, tokenize
+from modelslim_transformers.processor import load_processor
 from modelslim_transformers.sources import weight_sources
+from modelslim_transformers.structure import language_layers, towers
 
 
 class TransformersAdapter:
-    """Serves a causal language model that transformers can build from config.json.
+    """Serves a language model, with or without vision and audio, that transformers can build from config.json.
 
-    Its units are the modules of the list that holds the most parameters, which in a decoder is the list
-    of its layers; everything else is derived from the model itself.
+    Its units are the towers for images and audio, each as a whole, and the language layers one by one;
+    everything else is derived from the model itself. A family that differs overrides one of the public
+    methods that are no hooks.
 
     Args:
         model_type: ``model_type`` of config.json.
@@ -43,16 +56,79 @@ class TransformersAdapter:
                 self.model_path, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
         except Exception as error:
-            message = f"{self._config_file}: transformers cannot use it: {_line(error)}"
+            message = f"{self._config_file}: transformers cannot use it: {first_line(error)}"
             raise ModelError(message, hint=_hint(error)) from error
-        config.use_cache = False
+        for part in (config, config.get_text_config()):
+            part.use_cache = False
         return config
 
     @property
     def _config_file(self) -> Path:
         return self.model_path / "config.json"
 
-    def _load_tokenizer(self) -> Any:
+    @cached_property
+    def auto_class(self) -> Any:
+        """The class of transformers that builds the model: one of multimodal models if config.json means such a one."""
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+        own_code = getattr(self.config, "auto_map", None) or {}
+        for multimodal in (AutoModelForMultimodalLM, AutoModelForImageTextToText):
+            if multimodal.__name__ in own_code:
+                return multimodal
+        kind = type(self.config)
+        known = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(kind, None)
+        if known is None:
+            return AutoModelForCausalLM
+        # Some configurations describe both; then the published class decides.
+        stated = known.__name__ in (self.config.architectures or ())
+        return AutoModelForMultimodalLM if stated or kind not in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForCausalLM
+
+    @property
+    def is_multimodal(self) -> bool:
+        """True when the model takes more than text."""
+        return bool(self.auto_class.__name__ != "AutoModelForCausalLM")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype: as config.json states it, else that of the first stored tensor."""
+        return self.config.dtype or _stored_dtype(self.model_path)
+
+    def build(self) -> nn.Module:
+        """The model, built without weights; called on meta.
+
+        Raises:
+            Exception: whatever transformers raises; it becomes a ModelError.
+        """
+        model: nn.Module = self.auto_class.from_config(
+            self.config, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        )
+        return model
+
+    def towers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Path and module of every unit before the language layers, in the order in which the forward calls them."""
+        if self.is_multimodal:
+            yield from towers(model)
+
+    def language_layers(self, model: nn.Module) -> tuple[str, nn.ModuleList]:
+        """Path of the list of language layers, and the list."""
+        return language_layers(model)
+
+    def messages(self, sample: VlmCalibSample) -> list[dict[str, Any]]:
+        """The chat that asks a sample's text about its files."""
+        files: list[dict[str, Any]] = [{"type": kind, kind: path} for kind, path in media(sample).items()]
+        return [{"role": "user", "content": [*files, {"type": "text", "text": sample.text}]}]
+
+    def load_processor(self) -> Any:
+        """The model's processor, whose ``video_processor`` is None where torchvision is not installed."""
+        hint = "the directory must hold processor_config.json or preprocessor_config.json, and the tokenizer's files"
+        try:
+            return load_processor(self.model_path, self.config, self.trust_remote_code)
+        except Exception as error:
+            message = f"{self.model_path}: transformers cannot load the processor: {first_line(error)}"
+            raise ModelError(message, hint=hint) from error
+
+    def load_tokenizer(self) -> Any:
         """The model's tokenizer; not kept, since it takes tens of MB and is needed once."""
         from transformers import AutoTokenizer
 
@@ -62,7 +138,7 @@ class TransformersAdapter:
                 self.model_path, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
         except Exception as error:
-            message = f"{self.model_path}: transformers cannot load the tokenizer: {_line(error)}"
+            message = f"{self.model_path}: transformers cannot load the tokenizer: {first_line(error)}"
             raise ModelError(message, hint=hint) from error
         # Where the files are missing, some tokenizers come up empty instead of failing.
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -72,104 +148,82 @@ class TransformersAdapter:
     @hookimpl
     def init_model(self, device: str) -> nn.Module:
         """The model on meta; buffers that no checkpoint holds are computed unless the device is meta."""
-        from transformers import AutoModelForCausalLM
-
         _refuse_quantized(self.config, self._config_file)
-        dtype = self.config.dtype or _stored_dtype(self.model_path)
         try:
             with torch.device("meta"):
-                model: nn.Module = AutoModelForCausalLM.from_config(
-                    self.config, dtype=dtype, trust_remote_code=self.trust_remote_code
-                )
+                model = self.build()
         except Exception as error:
+            kind = "multimodal" if self.is_multimodal else "causal"
             raise ModelError(
-                f"{self._config_file}: transformers cannot build {self.model_type!r} as a causal language model: "
-                f"{_line(error)}",
+                f"{self._config_file}: transformers cannot build {self.model_type!r} as a {kind} language model: "
+                f"{first_line(error)}",
                 hint=_hint(error),
             ) from error
         # Some parameters are made by functions that overlook the device of the context.
         model.to("meta").eval()
-        _keep_in_float32(model, dtype)
+        _keep_in_float32(model, self.dtype)
         if device != "meta":
             _compute_buffers(model, device)
+        fuse_experts(model)
         return model
 
     @hookimpl
-    def handle_dataset(self, dataset: Sequence[Any], device: str) -> list[dict[str, Tensor]]:
+    def handle_dataset(self, dataset: Sequence[Any], device: str) -> list[dict[str, Any]]:
         """One input per sample, neither padded nor truncated."""
+        processor = None
+        if self.is_multimodal and not all(isinstance(sample, str) for sample in dataset):
+            processor = self.load_processor()
+        require_modalities(dataset, processor)
+        tokenizer = self.load_tokenizer() if processor is None else processor.tokenizer
         inputs = []
-        tokenizer = self._load_tokenizer()
         vocabulary = self.config.get_text_config().vocab_size
         for number, sample in enumerate(dataset, start=1):
-            ids = _tokenize(tokenizer, sample, number)
-            if not ids:
+            arguments = self._arguments(sample, number, tokenizer, processor)
+            ids = arguments["input_ids"]
+            if not ids.numel():
                 raise DatasetError(f"calibration sample {number} has no tokens", hint="remove it from the data file")
-            if max(ids) >= vocabulary:
+            if ids.max() >= vocabulary:
                 raise ModelError(
-                    f"{self.model_path}: the tokenizer gives the id {max(ids)} and the model knows {vocabulary} tokens",
+                    f"{self.model_path}: the tokenizer gives the id {ids.max()} and the model knows "
+                    f"{vocabulary} tokens",
                     hint="tokenizer and config.json belong to different models",
                 )
-            inputs.append({"input_ids": torch.tensor([ids], device=device)})
+            inputs.append({key: to_device(value, device) for key, value in arguments.items()})
         return inputs
+
+    def _arguments(self, sample: Any, number: int, tokenizer: Any, processor: Any) -> dict[str, Any]:
+        """What the forward takes of a sample."""
+        if isinstance(sample, VlmCalibSample) and processor is not None:
+            return process(processor, self.messages(sample), True, number, self.dtype)
+        if isinstance(sample, VlmCalibSample):
+            sample = [{"role": "user", "content": sample.text}]
+        if isinstance(sample, str) or processor is None:
+            return {"input_ids": torch.tensor([tokenize(tokenizer, sample, number)], dtype=torch.long)}
+        # Templates of multimodal models may overlook a content that is no list.
+        chat = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in sample]
+        return process(processor, chat, False, number, self.dtype)
 
     @hookimpl
     def generate_model_visit(self, model: nn.Module) -> Iterator[ProcessRequest]:
-        """The decoder layers in order."""
-        name, layers = _decoder_layers(model)
+        """The towers as a whole, then the language layers one by one."""
+        prefix, layers = self.language_layers(model)
+        for name, tower in self.towers(model):
+            yield ProcessRequest(name, tower)
         for index, layer in enumerate(layers):
-            yield ProcessRequest(f"{name}.{index}", layer)
+            yield ProcessRequest(f"{prefix}.{index}", layer)
 
     @hookimpl
     def generate_model_forward(self, model: Any, inputs: Any) -> Generator[ProcessRequest, Any, Any]:
-        """The model's own forward, stopping at every decoder layer; returns the logits [1, tokens, vocabulary]."""
+        """The model's own forward, stopping at every unit; returns the logits [1, tokens, vocabulary]."""
         # Some forwards ask where the embedding lies before they call it, and calling it is what fills it.
         model.get_input_embeddings()(inputs["input_ids"][:, :1])
         output = yield from drive(self.generate_model_visit(model), model, **inputs, use_cache=False)
         return output.logits
 
     @hookimpl
-    def get_weight_sources(self, model: nn.Module, keys: Sequence[str]) -> Mapping[str, WeightSource]:
+    def get_weight_sources(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, WeightSource]:
         """Names and layouts as transformers itself converts them on load."""
-        return weight_sources(model, keys)
-
-
-def _tokenize(tokenizer: Any, sample: Any, number: int) -> list[int]:
-    """Token ids of a text or of a chat, the ``number``-th sample."""
-    if isinstance(sample, str):
-        return list(tokenizer(sample)["input_ids"])
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise DatasetError(
-            "a calibration sample holds chat messages and the tokenizer has no chat template",
-            hint="use samples of plain text",
-        )
-    try:
-        return list(tokenizer.apply_chat_template(sample, return_dict=True)["input_ids"])
-    except Exception as error:  # a template is a program of the model's publisher and raises what it likes
-        raise DatasetError(
-            f"calibration sample {number}: the tokenizer's chat template refuses it: {_line(error)}",
-            hint="check its roles and their order; some models take no system message",
-        ) from error
-
-
-def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The outermost list of modules that holds the most parameters."""
-    lists = list(_outermost_lists(model))
-    if not lists:
-        raise ModelError(
-            f"{type(model).__name__} has no list of layers", hint="write an adapter that names the model's units"
-        )
-    if len(lists) == 1:  # as in a language model, where counting would be repeated for every sample
-        return lists[0]
-    return max(lists, key=lambda found: sum(parameter.numel() for parameter in found[1].parameters()))
-
-
-def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """Lists of modules by their paths, those inside another list left out."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList) and len(child):
-            yield f"{prefix}{name}", child
-        else:
-            yield from _outermost_lists(child, f"{prefix}{name}.")
+        return weight_sources(model, shapes)
 
 
 def _refuse_quantized(config: Any, file: Path) -> None:
@@ -219,12 +273,6 @@ def _compute_buffers(model: Any, device: str) -> None:
                 f"{type(model).__name__} does not compute its buffer {name} in _init_weights",
                 hint="transformers 5 builds models without memory; the model's code must fill its buffers there",
             )
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's text, which is often a page; with the next where the first announces it."""
-    first, _, rest = str(error).strip().partition("\n")
-    return f"{first} {rest.strip().partition(chr(10))[0]}".strip() if first.endswith(":") else first
 
 
 def _hint(error: BaseException) -> str:

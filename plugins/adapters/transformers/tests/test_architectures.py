@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from modelslim.api import VlmCalibSample
 from modelslim.testing.adapter import AdapterContract, OpenModel
 from modelslim_transformers.adapter import TransformersAdapter
 
@@ -86,6 +87,63 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     },
     "mamba": {"state_size": 8},
 }
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+MARKS = {"image_token_id": 40, "video_token_id": 41, "vision_start_token_id": 42, "vision_end_token_id": 43}
+QWEN_VISION = {
+    "depth": 3,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+}
+DEEPSTACK = {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+MULTIMODAL: Mapping[str, Mapping[str, Any]] = {
+    "qwen2_5_vl": {
+        "text_config": {"rope_parameters": ROTARY},
+        "vision_config": {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
+        **MARKS,
+    },
+    "qwen3_vl": {"text_config": {"head_dim": 8, "rope_parameters": ROTARY}, "vision_config": DEEPSTACK, **MARKS},
+    "qwen3_vl_moe": {
+        "text_config": {
+            "head_dim": 8,
+            "rope_parameters": ROTARY,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [0],
+        },
+        "vision_config": DEEPSTACK,
+        **MARKS,
+    },
+    "internvl": {"text_config": {"model_type": "qwen2"}, "vision_config": VISION, "image_token_id": 40},
+    "llava": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": {"model_type": "clip_vision_model", **VISION},
+        "image_token_index": 40,
+    },
+    "gemma3": {
+        "text_config": {**SLIDING, "head_dim": 8},
+        "vision_config": {"model_type": "siglip_vision_model", **VISION, "vision_use_head": False},
+        "mm_tokens_per_image": 4,
+        "image_token_index": 40,
+        "boi_token_index": 42,
+        "eoi_token_index": 43,
+    },
+}
+"""Settings beside those that are common to all language parts."""
+TOWERS = {"internvl": "model.vision_tower", "llava": "model.vision_tower", "gemma3": "model.vision_tower"}
+"""The module that looks at pictures; ``model.visual`` in all others."""
 LAYERS = {
     "gpt_neox": "gpt_neox.layers",
     "falcon": "transformer.h",
@@ -101,19 +159,23 @@ LAYERS = {
 @lru_cache(maxsize=1)
 def reference(checkpoint: Path) -> nn.Module:
     """The model as transformers itself loads it."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(checkpoint)
+    sees = hasattr(AutoConfig.from_pretrained(checkpoint), "vision_config")
+    model: nn.Module = (AutoModelForMultimodalLM if sees else AutoModelForCausalLM).from_pretrained(checkpoint)
     return model
 
 
 class TestArchitecture(AdapterContract):
-    @pytest.fixture(params=ARCHITECTURES)
+    @pytest.fixture(params=[*ARCHITECTURES, *MULTIMODAL])
     def model_type(self, request: pytest.FixtureRequest) -> str:
         return str(request.param)
 
     @pytest.fixture
     def checkpoint(self, model_type: str, stored: Callable[..., Path], common: Mapping[str, Any]) -> Path:
+        if model_type in MULTIMODAL:
+            settings = MULTIMODAL[model_type]
+            return stored(model_type, **{**settings, "text_config": {**common, **settings["text_config"]}})
         return stored(model_type, **{**common, **ARCHITECTURES[model_type]})
 
     @pytest.fixture
@@ -121,15 +183,18 @@ class TestArchitecture(AdapterContract):
         return TransformersAdapter(model_type, checkpoint)
 
     @pytest.fixture
-    def samples(self) -> Sequence[Any]:
-        return ("seven 7", "twelve chars")
+    def samples(self, model_type: str, pictures: Sequence[Path]) -> Sequence[Any]:
+        texts = ("seven 7", "twelve chars")
+        return [*texts, *map(VlmCalibSample, texts, map(str, pictures))] if model_type in MULTIMODAL else texts
 
     def whole_forward(self, model: nn.Module, inputs: Any, checkpoint: Path) -> Any:
         return reference(checkpoint)(**inputs, use_cache=False).logits
 
-    def test_parameters_and_buffers_are_those_of_from_pretrained(self, opened: OpenModel, checkpoint: Path) -> None:
+    def test_parameters_and_buffers_are_those_of_from_pretrained(
+        self, opened: OpenModel, checkpoint: Path, fused_state: Callable[[Any], dict[str, torch.Tensor]]
+    ) -> None:
         opened.fill()
-        expected = dict(reference(checkpoint).named_buffers()) | reference(checkpoint).state_dict()
+        expected = fused_state(reference(checkpoint))
         actual = dict(opened.model.named_buffers()) | opened.model.state_dict()
         assert actual.keys() == expected.keys()
         for name, tensor in expected.items():
@@ -140,7 +205,11 @@ class TestArchitecture(AdapterContract):
         named = {key for source in opened.loader.sources.values() for key in source.keys}
         assert named == opened.checkpoint.tensors.keys()
 
-    def test_units_are_the_decoder_layers(self, model_type: str, opened: OpenModel) -> None:
+    def test_units_are_the_vision_tower_and_the_decoder_layers(self, model_type: str, opened: OpenModel) -> None:
         layers = LAYERS.get(model_type, "model.layers")
-        assert [request.name for request in opened.visit] == [f"{layers}.0", f"{layers}.1"]
-        assert all(type(request.module).__name__.endswith(("Layer", "Block")) for request in opened.visit)
+        towers = []
+        if model_type in MULTIMODAL:
+            layers, towers = "model.language_model.layers", [TOWERS.get(model_type, "model.visual")]
+        assert [request.name for request in opened.visit] == [*towers, f"{layers}.0", f"{layers}.1"]
+        classes = [type(request.module).__name__ for request in opened.visit[len(towers) :]]
+        assert all(name.endswith(("Layer", "Block")) for name in classes)

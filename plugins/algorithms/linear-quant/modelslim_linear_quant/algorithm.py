@@ -6,13 +6,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from modelslim.api import (
     Algorithm,
+    ExpertLinear,
     LinearInfo,
     Pattern,
     Problem,
+    QuantizedExperts,
     QuantizedLinear,
     QuantSpec,
     Statistic,
@@ -26,6 +29,8 @@ from modelslim_linear_quant.minmax import WeightRounder, static_scale
 
 class LinearQuant(Algorithm):
     """Quantizes the selected linears to one scheme. Activations are static or computed per token."""
+
+    takes_experts = True
 
     def __init__(self, config: LinearQuantConfig) -> None:
         self._config = config
@@ -72,13 +77,18 @@ class LinearQuant(Algorithm):
         return {name: self._quantize(name, unit.linears[name], spec, statistics) for name, spec in unit.specs.items()}
 
     def _quantize(self, name: str, linear: nn.Module, spec: QuantSpec, statistics: UnitStatistics) -> QuantizedLinear:
-        assert isinstance(linear, nn.Linear)
+        assert isinstance(linear, (nn.Linear, ExpertLinear))
+        fused = isinstance(linear, ExpertLinear)
         scale = offset = None
-        if spec.is_static:
+        if spec.is_static and fused:
+            ranges = statistics.get_experts(name, TensorRange)
+            parts = [static_scale(one, spec.activation, f"{name}, expert {index}") for index, one in enumerate(ranges)]
+            scale, offset = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+        elif spec.is_static:
             scale, offset = static_scale(statistics.get(name, TensorRange), spec.activation, name)
         weight = self._rounder.quantize(linear.weight, spec.weight)
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        return QuantizedLinear(weight, spec, bias, scale, offset)
+        return (QuantizedExperts if fused else QuantizedLinear)(weight, spec, bias, scale, offset)
 
 
 def _divisors(number: int) -> list[int]:

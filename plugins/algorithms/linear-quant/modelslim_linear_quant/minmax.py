@@ -25,23 +25,27 @@ class WeightRounder:
         """Quantize a weight.
 
         Args:
-            weight: [out, in], floating, finite.
+            weight: [out, in] or, of fused experts, [experts, out, in]; floating, finite.
             spec: ``per_channel`` or ``per_group``; the group size divides ``in``.
 
         Returns:
-            codes int8 [out, in]; scale float32 and offset int8 [out, groups].
+            codes int8 of the weight's shape; scale float32 and offset int8 [out, groups], with the
+            experts in front.
         """
-        rows, columns = weight.shape
         codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+        # Rows do not know of each other, so those of all experts are one batch.
+        flat, flat_codes = weight.flatten(0, -2), codes.flatten(0, -2)
+        rows, columns = flat.shape
         step = max(1, _BLOCK // columns)
         with one_thread():
             parts = [
-                self._round(weight[start : start + step], codes[start : start + step], spec)
+                self._round(flat[start : start + step], flat_codes[start : start + step], spec)
                 for start in range(0, rows, step)
             ]
-        scale = torch.cat([scale for scale, _ in parts])
+        scale = torch.cat([scale for scale, _ in parts]).unflatten(0, weight.shape[:-1])
         offsets = [offset for _, offset in parts if offset is not None]
-        return QuantizedTensor(codes, scale, torch.cat(offsets) if offsets else None, spec)
+        offset = torch.cat(offsets).unflatten(0, weight.shape[:-1]) if offsets else None
+        return QuantizedTensor(codes, scale, offset, spec)
 
     def _round(self, weight: Tensor, codes: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
         """Round a block of rows into ``codes``; returns its scale and offset."""

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint by the names and in the layouts in which an adapter asks for its tensors."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelslim.api import WeightSource
+from modelslim_transformers.sources import weight_sources
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint holds, and how transformers would load it.
+
+    Attributes:
+        path: its directory.
+        tensors: every stored tensor on meta, by name.
+        files: names of the tensors in each file.
+        known: where the parameters of transformers' own model come from, by name, with their shapes.
+        turned: classes of modules whose stacked weights lie transposed in this checkpoint.
+        as_stored: True to show those weights as they are stored, which is how transformers 4 held them.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    files: Mapping[str, list[str]]
+    known: Mapping[str, tuple[WeightSource, torch.Size]]
+    turned: Mapping[type[nn.Module], tuple[str, ...]]
+    as_stored: bool = False
+
+    @classmethod
+    def open(cls, path: Path, config: Any, trust_remote_code: bool) -> Stored:
+        """Read the headers; no tensor."""
+        from transformers.modeling_utils import load_state_dict
+
+        files = {
+            file.name: load_state_dict(str(file), map_location="meta") for file in sorted(_files(path))
+        }
+        tensors = {name: tensor for content in files.values() for name, tensor in content.items()}
+        reference = _reference(config, trust_remote_code)
+        known: dict[str, tuple[WeightSource, torch.Size]] = {}
+        turned: dict[type[nn.Module], tuple[str, ...]] = {}
+        if reference is not None:
+            sources = weight_sources(reference, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+            state = reference.state_dict()
+            known = {name: (source, state[name].shape) for name, source in sources.items()}
+            turned = _find_turned(reference, known, tensors)
+        names = {file: list(content) for file, content in files.items()}
+        return cls(path, tensors, names, known, turned)
+
+    def find(self, name: str, shape: torch.Size | None = None) -> tuple[WeightSource, Tensor] | None:
+        """Where a tensor comes from, and one on meta of its shape and dtype.
+
+        Args:
+            name: a parameter of transformers' model, or a stored tensor.
+            shape: of the parameter that it is for; None for the tensor as stored.
+
+        Returns:
+            None when the checkpoint does not hold it.
+        """
+        if name in self.known and shape is not None and not (self.as_stored and self._is_turned(name)):
+            source, real = self.known[name]
+            like = self.tensors[source.keys[0]]
+            if real == shape or name not in self.tensors:
+                return source, torch.empty(real, dtype=like.dtype, device="meta")
+        if name in self.tensors:
+            return WeightSource((name,)), self.tensors[name]
+        return None
+
+    def _is_turned(self, name: str) -> bool:
+        return any(name.rpartition(".")[2] in names for names in self.turned.values())
+
+
+def _files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [path / name for name in set(weight_map.values())]
+    single = path / "model.safetensors"
+    return [single] if single.is_file() else list(path.glob("*.safetensors"))
+
+
+def _reference(config: Any, trust_remote_code: bool) -> Any:
+    """The model as transformers builds it, on meta; None for a class that it does not know."""
+    import transformers
+
+    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    if model_class is None:
+        return None
+    with torch.device("meta"):
+        return model_class._from_config(config)
+
+
+def _find_turned(
+    model: nn.Module, known: dict[str, tuple[WeightSource, torch.Size]], tensors: Mapping[str, Tensor]
+) -> dict[type[nn.Module], tuple[str, ...]]:
+    """Classes whose stacked weights are stored as [experts, in, out]; their sources are corrected on the way.
+
+    transformers turns a weight only where the shapes differ, so that a square one stays as it was; another
+    one of the same module, which cannot be square too, tells.
+    """
+    turned: dict[type[nn.Module], tuple[str, ...]] = {}
+    for path, module in model.named_modules():
+        stacked = {}
+        for attribute, parameter in module.named_parameters(recurse=False):
+            source, shape = known.get(f"{path}.{attribute}", (None, parameter.shape))
+            if source is not None and source.convert is not None and len(source.keys) == 1 and parameter.dim() == 3:
+                stacked[attribute] = (source.keys[0], shape)
+        if any(tensors[key].shape != shape for key, shape in stacked.values()):
+            turned[type(module)] = tuple(stacked)
+            for attribute, (key, shape) in stacked.items():
+                known[f"{path}.{attribute}"] = (WeightSource((key,), _turn), shape)
+    return turned
+
+
+def _turn(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].transpose(1, 2).contiguous()

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves, on a tiny random model of the same architecture, that unit by unit is the model's own forward.
+
+Calibration is silently wrong when an adapter hands a unit another mask, another position or other features
+than the model would. No error tells it, and the result merely answers worse. So the plan of a run that
+calibrates compares the two forwards to the bit, on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelslim.adapters import GENERIC, open_session
+from modelslim.checkpoint import Checkpoint
+from modelslim.devices import one_thread
+from modelslim.errors import CapabilityError
+from modelslim.open_model import OpenModel, call_model, tensors_in
+from modelslim.recording import Recording, first_difference, same_tensors
+from modelslim.registry import Registry
+from modelslim.session import Session
+
+PROOF = "run AdapterContract of modelslim.testing, and let the adapter implement make_tiny_checkpoint"
+HINT = (
+    "generate_model_forward must hand every unit what the model's own forward hands it, and pass on what the unit "
+    "gives; `modelslim.api.drive` does so without code"
+)
+
+
+class Guard:
+    """Opens adapters on tiny checkpoints and compares their forwards.
+
+    Args:
+        kind: kind of the adapter's entry point, ``adapters`` or ``models``.
+        name: name of its entry point.
+        trust_remote_code: allow code of the checkpoint to run.
+        registry: the installed plugins.
+    """
+
+    def __init__(self, kind: str, name: str, trust_remote_code: bool, registry: Registry) -> None:
+        self._kind = kind
+        self._name = name
+        self._trust = trust_remote_code
+        self._registry = registry
+
+    def check(self, session: Session, model: nn.Module, source: Checkpoint) -> list[str]:
+        """Prove the forward of the run's adapter.
+
+        Args:
+            session: the run's hooks.
+            model: the model on meta.
+            source: the real checkpoint, of which only config.json is of interest.
+
+        Returns:
+            Nothing, or one line that says why the forward could not be proven.
+
+        Raises:
+            CapabilityError: the forward is not the model's own; names the first unit that differs.
+        """
+        with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread():
+            torch.manual_seed(0)
+            path = Path(folder)
+            try:
+                inputs = session.make_tiny_checkpoint(model, path)
+                is_own = inputs is not None
+                if inputs is None:
+                    inputs = self._ask_generic(source, path)
+                if not inputs:
+                    raise CapabilityError("no tiny model of its architecture can be made")
+                tiny = Checkpoint(path)
+                expected = _Whole(self._open(tiny), inputs)
+            except Exception as error:  # whatever a model's code raises; the run itself is not touched
+                return [f"the forward of the adapter {self._name!r} is not proven: {_line(error)}; {PROOF}"]
+            with tiny:
+                return self._compare(self._open(tiny), inputs, expected, is_own)
+
+    def _open(self, tiny: Checkpoint) -> OpenModel:
+        model_type = str(tiny.config["model_type"])
+        session = open_session(self._kind, self._name, model_type, tiny.path, self._trust, self._registry)
+        return OpenModel.opened_by(session, tiny)
+
+    def _ask_generic(self, source: Checkpoint, path: Path) -> Sequence[Any] | None:
+        """Let the generic adapter shrink a model that transformers knows; None when there is no such adapter."""
+        if (self._kind, self._name) == ("adapters", GENERIC) or GENERIC not in self._registry.names("adapters"):
+            return None
+        model_type = str(source.config["model_type"])
+        session = open_session("adapters", GENERIC, model_type, source.path, self._trust, self._registry)
+        return session.make_tiny_checkpoint(session.init_model("meta"), path)
+
+    def _compare(self, opened: OpenModel, inputs: Sequence[Any], expected: _Whole, is_own: bool) -> list[str]:
+        names = [request.name for request in opened.visit]
+        recording = Recording(opened.model, names)
+        failure: Exception | None = None
+        try:
+            outputs = opened.run_units(inputs)
+        except Exception as error:  # of the adapter's code or the model's; told below, with the unit
+            failure = error
+        if failure is not None and not is_own and not recording.entered:
+            # Not the adapter's own inputs: they may lack what its handle_dataset would give.
+            return [f"the forward of the adapter {self._name!r} is not proven: {_line(failure)}; {PROOF}"]
+        difference = first_difference(recording, expected.recording, failure is None)
+        if difference is None and failure is not None:
+            place = f"in {recording.entered}" if recording.entered else "before the first unit"
+            difference = f"it fails {place} with {_line(failure)}"
+        if difference is None:
+            difference = _difference_of_ends(outputs, expected.outputs)
+        if difference is not None:
+            raise CapabilityError(
+                f"the forward of the adapter {self._name!r}, unit by unit, is not the model's own: on a tiny random "
+                f"model, {difference}",
+                hint=HINT,
+            ) from failure
+        return []
+
+
+class _Whole:
+    """What the units and the model give in plain calls."""
+
+    def __init__(self, opened: OpenModel, inputs: Sequence[Any]) -> None:
+        opened.fill()
+        self.recording = Recording(opened.model, [request.name for request in opened.visit])
+        self.outputs = [tensors_in(call_model(opened.model, sample)) for sample in inputs]
+        if any(tensor.isnan().any() for output in self.outputs for tensor in output):
+            raise CapabilityError("the tiny random model computes NaN")
+
+
+def _difference_of_ends(actual: Sequence[Any], expected: Sequence[Sequence[Tensor]]) -> str | None:
+    """What differs about the outputs of the model; an adapter whose forward returns nothing is not asked."""
+    for output, wanted in zip(actual, expected, strict=True):
+        tensors = tensors_in(getattr(output, "logits", output))
+        if output is not None and (what := same_tensors(tensors, wanted)):
+            return f"all units agree and what the forward returns does not: {what}"
+    return None
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's text."""
+    text = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+    return str(text).strip().partition("\n")[0]
+
+

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random checkpoints of an architecture: its config.json with every kind of layer and all sizes small."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelslim.api import CapabilityError
+from modelslim_transformers.tiny_config import listed_by_layer, shrink
+from modelslim_transformers.tiny_inputs import make_inputs
+
+MOST_PARAMETERS = 20_000_000
+"""More means that a size was not recognized."""
+
+
+def write_tiny_checkpoint(
+    source: Path, config: Any, layers: Sequence[nn.Module], build: Callable[[Path], Any], path: Path
+) -> list[dict[str, Any]]:
+    """Write the checkpoint and make inputs for it.
+
+    Args:
+        source: directory of the real checkpoint; code that it brings is taken along.
+        config: its configuration.
+        layers: the language layers of the real model, on meta.
+        build: builds the model that a directory's config.json describes, without weights.
+        path: the empty directory that gets the checkpoint.
+
+    Returns:
+        Inputs of the model, of different lengths.
+
+    Raises:
+        CapabilityError: the architecture has sizes that are not known here, or inputs of another kind.
+    """
+    for file in source.glob("*.py"):
+        shutil.copy(file, path)
+    values = shrink(config.to_dict(), count_layers(layers, config.get_text_config()))
+    tiny = type(config)(**values)
+    tiny.architectures = config.architectures
+    tiny.save_pretrained(path)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build(path).parameters())
+    if parameters > MOST_PARAMETERS:
+        raise CapabilityError(f"a tiny model of its architecture has still {parameters:,} parameters")
+    model = build(path)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            # Fresh norms are ones and fresh biases zeros, which would hide a mistake.
+            tensor += (torch.randn(tensor.shape) * 0.1).to(tensor.dtype)
+    model.save_pretrained(path)
+    return make_inputs(model.config)
+
+
+def count_layers(layers: Sequence[nn.Module], config: Any) -> int:
+    """How many of the first layers hold one of every kind; at least two."""
+    by_layer = listed_by_layer(config.to_dict(), len(layers)).values()
+    # A list whose items all differ holds indices, not kinds.
+    by_layer = [value for value in by_layer if len({str(item) for item in value}) < len(value)]
+    kinds: set[Any] = set()
+    last = 1
+    for index, layer in enumerate(layers):
+        kind = (*(str(value[index]) for value in by_layer), *_structure(layer))
+        if kind not in kinds:
+            kinds.add(kind)
+            last = max(last, index)
+    return min(last + 1, len(layers))
+
+
+def _structure(layer: nn.Module) -> list[Any]:
+    """The classes of a layer's modules and their switches: what is on, off, named, or there at all."""
+    found: list[Any] = []
+    for name, module in layer.named_modules():
+        switches = [
+            (key, value if isinstance(value, (bool, str, type(None))) else "a number")
+            for key, value in vars(module).items()
+            if not key.startswith("_") and isinstance(value, (bool, str, int, float, type(None)))
+        ]
+        found.append((name, type(module).__name__, *switches))
+    return found

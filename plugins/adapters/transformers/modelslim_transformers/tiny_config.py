@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shrinks a configuration of transformers: sizes small, what depends on them kept consistent, switches untouched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from math import ceil
+from typing import Any
+
+VOCABULARY = 128
+FREE_TOKENS = 64
+"""Ids below are those of no special token, but for the few that are as small in the real model."""
+WINDOW = 4
+"""Shorter than the inputs, so that a window shows."""
+
+HIDDEN = ("hidden_size", "n_embd", "d_model")
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
+WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
+
+AT_MOST: Mapping[str, int] = {
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner"), 48),
+    **dict.fromkeys(("moe_intermediate_size", "expert_intermediate_size"), 24),
+    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size", "intermediate_size_mlp"), 40),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(("n_group",), 2),
+    **dict.fromkeys(("topk_group",), 1),
+    **dict.fromkeys(("kv_lora_rank",), 16),
+    **dict.fromkeys(("q_lora_rank",), 24),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "state_size"), 8),
+    **dict.fromkeys(("linear_num_key_heads",), 2),
+    **dict.fromkeys(("linear_num_value_heads",), 4),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(("index_head_dim", "hidden_size_per_layer_input"), 16),
+    **dict.fromkeys(("index_n_heads",), 2),
+    **dict.fromkeys(("index_topk",), 4),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+}
+"""Sizes that nothing else must agree with. Inner sizes differ, so that a confusion of two shows."""
+
+_TOKEN = re.compile(r"_token_(id|index|ids|idx)$")
+
+
+def shrink(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """A tiny configuration.
+
+    Args:
+        values: the configuration, with its parts, as ``to_dict`` gives it.
+        layers: number of language layers to keep, from the first on.
+    """
+    tokens = _token_ids(values)
+    return _replace_tokens(shrink_text(values, layers), tokens)
+
+
+def shrink_text(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """A tiny language model."""
+    small = dict(values)
+    heads, width = _first(values, HEADS), _first(values, HIDDEN)
+    if isinstance(heads, int) and isinstance(width, int):
+        head_dim = _shrink_heads(small, heads, width)
+        _shrink_rotation(small, values, head_dim)
+    elif isinstance(width, int):  # a state space model
+        _put(small, HIDDEN, min(width, 32))
+    for key, most in AT_MOST.items():
+        small[key] = _at_most(small.get(key), most)
+    for key in WINDOWS:
+        small[key] = _at_most(small.get(key), WINDOW)
+    width = _first(small, HIDDEN)
+    if small.get("word_embed_proj_dim") is not None:
+        small["word_embed_proj_dim"] = width
+    if small.get("expand") is not None and small.get("state_size") is not None:
+        small["intermediate_size"] = int(small["expand"] * width)
+        small["time_step_rank"] = ceil(width / 16)
+    count = _first(values, LAYERS)
+    _put(small, LAYERS, layers)
+    small.update({key: value[:layers] for key, value in listed_by_layer(values, count).items()})
+    return {key: value for key, value in small.items() if key in values}
+
+
+def listed_by_layer(values: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """What a configuration says of each layer, by key: lists, and patterns with a letter for each layer."""
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, list if "pattern" not in str(key) else (list, str)) and len(value) == count
+    }
+
+
+def _shrink_heads(small: dict[str, Any], heads: int, width: int) -> int:
+    """Set heads and width, grouped queries staying grouped; gives the size of a head."""
+    few = min(heads, 4)
+    key_heads = _first(small, KEY_HEADS)
+    if isinstance(key_heads, int):
+        _put(small, KEY_HEADS, few if key_heads == heads else min(key_heads, 2))
+    head_dim = small.get("head_dim") or width // heads
+    rope = _rope(small)
+    if any("long_factor" in part for part in rope):
+        pass  # factors are listed per frequency
+    elif any("mrope_section" in part for part in rope):
+        head_dim = min(head_dim, int(16 / _partial(small, rope)))
+    else:
+        head_dim = min(head_dim, 16)
+    if small.get("qk_rope_head_dim") is not None:
+        small["head_dim"] = 8
+    elif small.get("head_dim") is not None:
+        small["head_dim"] = head_dim
+    _put(small, HEADS, few)
+    _put(small, HIDDEN, few * head_dim)
+    return int(head_dim)
+
+
+def _shrink_rotation(small: dict[str, Any], values: Mapping[str, Any], head_dim: int) -> None:
+    """Scale what counts rotary channels."""
+    heads, width = _first(values, HEADS), _first(values, HIDDEN)
+    scale = head_dim / (values.get("head_dim") or width // heads)
+    if isinstance(small.get("rotary_dim"), int):
+        small["rotary_dim"] = max(2, int(small["rotary_dim"] * scale) // 2 * 2)
+    for key in ("rope_parameters", "rope_scaling"):
+        part = small.get(key)
+        if isinstance(part, Mapping) and isinstance(part.get("mrope_section"), list):
+            half = int(head_dim * _partial(small, [part])) // 2
+            old = part["mrope_section"]
+            sections = [max(1, section * half // sum(old)) for section in old[1:]]
+            small[key] = {**part, "mrope_section": [half - sum(sections), *sections]}
+
+
+def _rope(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    parts = [values.get(key) for key in ("rope_parameters", "rope_scaling")]
+    return [part for part in parts if isinstance(part, Mapping)]
+
+
+def _partial(values: Mapping[str, Any], rope: list[Mapping[str, Any]]) -> float:
+    """Which part of a head is rotated."""
+    stated = [part.get("partial_rotary_factor") for part in (*rope, values)]
+    return float(next((factor for factor in stated if factor), 1.0))
+
+
+def _token_ids(values: Mapping[str, Any]) -> dict[int, int]:
+    """Ids of special tokens in the small vocabulary, from its end on."""
+    large = sorted({token for token in special_tokens(values) if token >= FREE_TOKENS})
+    return {token: VOCABULARY - 1 - index for index, token in enumerate(large)}
+
+
+def special_tokens(values: Mapping[str, Any]) -> Iterator[int]:
+    """Every id that a configuration gives a meaning."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from special_tokens(value)
+        elif _TOKEN.search(str(key)):
+            yield from (token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int))
+
+
+def _replace_tokens(values: Mapping[str, Any], tokens: Mapping[int, int]) -> dict[str, Any]:
+    replaced: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            replaced[key] = _replace_tokens(value, tokens)
+        elif _TOKEN.search(str(key)):
+            replaced[key] = [tokens.get(item, item) for item in value] if isinstance(value, list) else value
+            if isinstance(value, int):
+                replaced[key] = tokens.get(value, value)
+        else:
+            replaced[key] = value
+    return replaced
+
+
+def _first(values: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    return next((values[key] for key in keys if values.get(key) is not None), None)
+
+
+def _put(values: dict[str, Any], keys: tuple[str, ...], value: int) -> None:
+    for key in keys:
+        if values.get(key) is not None:
+            values[key] = value
+
+
+def _at_most(value: Any, most: int) -> Any:
+    if isinstance(value, list):
+        return [_at_most(item, most) for item in value]
+    return min(value, most) if isinstance(value, int) and not isinstance(value, bool) else value
