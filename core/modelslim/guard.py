@@ -142,5 +142,3 @@ def _line(error: Exception) -> str:
     """The first line of an error's text."""
     text = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
     return str(text).strip().partition("\n")[0]
-
-

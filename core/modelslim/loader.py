@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -123,9 +123,20 @@ class Loader:
             ModelError: not in the checkpoint, of another shape, or not finite.
         """
         tensors: dict[str, Tensor] = {}
+        waiting = Counter(key for name in names for key in self.source(name).keys)
+        # Many parameters may be cut out of one stored tensor, which is read once.
+        shared: dict[str, Tensor] = {}
+
+        def take(key: str) -> Tensor:
+            tensor = shared.pop(key) if key in shared else self._checkpoint.read(key)
+            waiting[key] -= 1
+            if waiting[key]:
+                shared[key] = tensor
+            return tensor
+
         for name in names:
             source, meta = self.source(name), self._meta[name]
-            stored = [self._checkpoint.read(key) for key in source.keys]
+            stored = [take(key) for key in source.keys]
             tensor = stored[0] if source.convert is None else source.convert(stored)
             if tensor.shape != meta.shape:
                 raise ModelError(

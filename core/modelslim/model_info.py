@@ -30,6 +30,19 @@ class Bank:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A weight that stays float whatever the protocol says.
+
+    Attributes:
+        shape: its shape.
+        why: ``router``, ``stacked experts`` (that no adapter takes apart), or ``no linear``.
+    """
+
+    shape: tuple[int, ...]
+    why: str
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """The structure that a plan works on.
 
@@ -38,8 +51,7 @@ class ModelInfo:
         linears: every linear that can be quantized, by name, in the model's order.
         dtype: the model's dtype: that of most of its parameters.
         modules: names of all modules.
-        fused: shapes of weights that no linear holds (routers, experts that no adapter takes apart), by
-            name; they stay float.
+        kept: weights of the units that stay float whatever the protocol says, by name.
         banks: what the modules that hold fused experts hold, by name.
     """
 
@@ -47,7 +59,7 @@ class ModelInfo:
     linears: Mapping[str, LinearInfo]
     dtype: str
     modules: frozenset[str]
-    fused: Mapping[str, tuple[int, ...]]
+    kept: Mapping[str, Kept]
     banks: Mapping[str, Bank]
 
     @cached_property
@@ -74,12 +86,15 @@ def describe(model: nn.Module, visit: Sequence[ProcessRequest], loader: Loader) 
     _check_units(units)
     known = set(units)
     linears: dict[str, LinearInfo] = {}
-    fused: dict[str, tuple[int, ...]] = {}
+    kept: dict[str, Kept] = {}
     banks: dict[str, Bank] = {}
     modules = dict(model.named_modules())
+    experts = _numbers_of_experts(modules)
     for name, module in modules.items():
         unit = next((outer for outer in _self_and_parents(name) if outer in known), "")
-        if isinstance(module, nn.Linear):
+        router = _is_router(name, module, experts)
+        # A linear with a forward of its own (a router that answers with a choice) is more than a product.
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not router:
             stored = _stored_name(name, loader)
             if stored is not None:
                 linears[name] = LinearInfo(
@@ -99,12 +114,34 @@ def describe(model: nn.Module, visit: Sequence[ProcessRequest], loader: Loader) 
         if unit:
             for attribute, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() > 1:
-                    fused[f"{name}.{attribute}"] = tuple(parameter.shape)
+                    stacked = parameter.dim() == 3 and "expert" in f"{name}.{attribute} {type(module).__name__}".lower()
+                    why = "router" if router else "stacked experts" if stacked else "no linear"
+                    kept[f"{name}.{attribute}"] = Kept(tuple(parameter.shape), why)
     sizes: dict[str, int] = {}
     for parameter in model.parameters():
         key = dtype_name(parameter.dtype)
         sizes[key] = sizes.get(key, 0) + parameter.numel()
-    return ModelInfo(units, linears, max(sizes, key=lambda key: sizes[key]), frozenset(modules), fused, banks)
+    return ModelInfo(units, linears, max(sizes, key=lambda key: sizes[key]), frozenset(modules), kept, banks)
+
+
+def _numbers_of_experts(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """How many experts lie directly in a module, by its name; also for stacked ones that no adapter takes apart."""
+    numbers = {}
+    for name, module in modules.items():
+        parent, _, last = name.rpartition(".")
+        if last == "experts":
+            stacked = (parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
+            size = len(module) if isinstance(module, nn.ModuleList) else getattr(module, "num_experts", None)
+            numbers[parent] = size if isinstance(size, int) else next(stacked, 0)
+    return numbers
+
+
+def _is_router(name: str, module: nn.Module, experts: Mapping[str, int]) -> bool:
+    """True for a linear beside experts with an output for each of them; engines have no quantized routers."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or ".experts." in name:
+        return False
+    return any(experts.get(parent) == len(weight) for parent in _self_and_parents(name)[:-1])
 
 
 def _expert_linears(name: str, module: ExpertLinear, unit: str, loader: Loader) -> Bank:
@@ -131,6 +168,8 @@ def _stored_name(name: str, loader: Loader) -> str | None:
     source = loader.sources.get(f"{name}.weight")
     if source is None:
         return name  # tied to another parameter: it has no stored tensor of its own
+    if source.name:
+        return source.name
     stem = source.keys[0].removesuffix(".weight")
     return stem if all(key.startswith(f"{stem}.weight") for key in source.keys) else None
 

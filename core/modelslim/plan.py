@@ -18,6 +18,7 @@ from modelslim.checkpoint import Checkpoint
 from modelslim.dataset import find_dataset, read_samples
 from modelslim.devices import resolve_device
 from modelslim.errors import DatasetError, Diagnostic, ModelSlimError, ProtocolError
+from modelslim.guard import Guard
 from modelslim.loader import Loader
 from modelslim.model_info import ModelInfo, describe
 from modelslim.plan_checks import Checks, Step, with_scale_dtypes
@@ -150,6 +151,7 @@ def make_plan(
     dataset = _find_dataset(protocol, checks, registry, config_path.parent, calibrate)
     with _together_with(diagnostics):
         samples, remarks = _read(dataset, protocol)
+        unproven = Guard(kind, name, trust_remote_code, registry).check(session, model, checkpoint) if samples else []
     runner, about_runner = _runner(protocol)
     if diagnostics:
         raise _refusal(config_path, diagnostics)
@@ -169,7 +171,14 @@ def make_plan(
         device=target,
         runner=runner,
         registry=registry,
-        warnings=[*([remark] if remark else []), *about_runner, *remarks, *checks.warnings, *_left_float(info, model)],
+        warnings=[
+            *([remark] if remark else []),
+            *about_runner,
+            *remarks,
+            *unproven,
+            *checks.warnings,
+            *_left_float(info, model),
+        ],
     )
 
 
@@ -222,7 +231,7 @@ def needs_calibration(steps: Sequence[Step], info: ModelInfo, model: nn.Module) 
 
 def _left_float(info: ModelInfo, model: nn.Module) -> list[str]:
     """A warning when fused experts stay float, since they are mostly the larger part of a model."""
-    experts = {name: prod(shape) for name, shape in info.fused.items() if len(shape) > 2}
+    experts = {name: prod(kept.shape) for name, kept in info.kept.items() if kept.why == "stacked experts"}
     if not experts:
         return []
     share = sum(experts.values()) / sum(parameter.numel() for parameter in model.parameters())

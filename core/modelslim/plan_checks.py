@@ -142,9 +142,12 @@ class Checks:
                 continue  # it keeps something float that is no linear anyway, such as a router
             hint = _nearest_part(pattern, self._info)
             if any(matches_name(name, pattern) for name in self._info.modules):
+                reasons = {kept.why for name, kept in self._info.kept.items() if matches_name(name, f"{pattern}*")}
                 hint = "it matches modules, but no linear that can be quantized"
-                if any(matches_name(name, pattern) for name, shape in self._info.fused.items() if len(shape) > 2):
+                if "stacked experts" in reasons:
                     hint = "it matches experts that are stacked in a way unknown to the adapter; they stay float"
+                elif "router" in reasons:
+                    hint = "it matches routers, which stay float: engines have no quantized ones"
             if any(matches_name(linear.name, pattern) for linear in linears):
                 hint = "it matches linears outside the layers, which must be named outright, as in 'lm_head'"
             self.refuse((*path, *place), f"the pattern {pattern!r} matches no linear of the model", hint)

@@ -11,6 +11,12 @@ from typing import Any
 from modelslim.plan import Plan
 from modelslim.protocol.document import format_path
 
+_WHY_KEPT = {
+    "router": "a router; engines have no quantized ones",
+    "stacked experts": "experts that the adapter cannot take apart",
+    "no linear": "not a linear module; copied as it is",
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -41,8 +47,8 @@ def rows(plan: Plan) -> list[Row]:
         why = outside if spec is None else origin[name]
         shape = (linear.out_features, linear.in_features)
         single.append(Row(_pattern(name), 1, shape, spec.scheme if spec else "FLOAT", why))
-    for name, fused in plan.info.fused.items():
-        single.append(Row(_pattern(name), 1, fused, "FLOAT", "not a linear module; copied as it is"))
+    for name, kept in plan.info.kept.items():
+        single.append(Row(_pattern(name), 1, kept.shape, "FLOAT", _WHY_KEPT[kept.why]))
     grouped: dict[tuple[Any, ...], Row] = {}
     for row in single:
         key = (row.pattern, row.shape, row.scheme, row.why)

@@ -162,11 +162,14 @@ class WeightSource:
         experts: for the weight of an ``ExpertLinear``, the names under which the linears of each
             expert are written, without ``.weight``: one tuple per expert, in the order of its
             ``parts``. Empty: ``<experts>.<number>.<part>``.
+        name: for the weight of a linear that is cut out of a larger stored tensor, the name under
+            which it is written, without ``.weight``. Empty: that of the first key.
     """
 
     keys: tuple[str, ...]
     convert: Callable[[list[Tensor]], Tensor] | None = None
     experts: tuple[tuple[str, ...], ...] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True)

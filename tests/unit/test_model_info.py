@@ -15,7 +15,7 @@ from torch import nn
 from modelslim.checkpoint import Checkpoint
 from modelslim.errors import ModelError
 from modelslim.loader import Loader
-from modelslim.model_info import ModelInfo, describe
+from modelslim.model_info import Kept, ModelInfo, describe
 from modelslim.registry import Registry
 from modelslim.types import LinearInfo, ProcessRequest, WeightSource
 
@@ -81,7 +81,7 @@ def test_a_llama_has_its_layers_and_all_their_linears(tiny_llama: Path) -> None:
     assert list(info.linears) == list(expected), "in the order of the model"
     assert info.dtype == "bfloat16"
     assert {"", "model", "model.layers.1.mlp", "lm_head"} <= info.modules
-    assert info.fused == {}
+    assert info.kept == {}
 
 
 def test_a_tied_head_is_a_linear_without_stored_tensor(tiny_llama_tied: Path) -> None:
@@ -114,7 +114,7 @@ def test_fused_experts_and_routers_are_told_apart_from_linears(tiny_moe: Path) -
     linear = info.linears[f"{info.units[1]}.mlp.experts.2.up_proj"]
     assert linear.stored == linear.name
     assert (linear.bank, linear.module) == (f"{info.units[1]}.mlp.experts.gate_up_proj",) * 2
-    assert dict(info.fused) == {f"{unit}.mlp.gate.weight": (4, 64) for unit in info.units}
+    assert dict(info.kept) == {f"{unit}.mlp.gate.weight": Kept((4, 64), "router") for unit in info.units}
     assert info.holders[info.units[0]] == [
         f"{info.units[0]}.{name}"
         for name in (
@@ -134,8 +134,33 @@ def test_linears_are_grouped_by_unit(tmp_path: Path) -> None:
 
 
 def test_weights_inside_units_that_no_linear_holds_are_noted_with_their_shapes(tmp_path: Path) -> None:
-    fused = describe_own(tmp_path).fused
-    assert fused == {"layers.0.experts": (3, 5, 4), "layers.1.experts": (3, 5, 4)}  # not the norms, nor what is outside
+    kept = describe_own(tmp_path).kept
+    assert kept == {
+        "layers.0.experts": Kept((3, 5, 4), "stacked experts"),
+        "layers.1.experts": Kept((3, 5, 4), "stacked experts"),
+    }  # not the norms, nor what is outside
+
+
+class Choice(nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        return tuple(super().forward(x).topk(1))
+
+
+@pytest.mark.parametrize("kind", ["plain", "subclass", "nested"])
+def test_routers_stay_float_whatever_module_holds_them(kind: str, tmp_path: Path) -> None:
+    block: Any = nn.Module()
+    block.experts = nn.ModuleList(nn.Linear(8, 6) for _ in range(3))
+    router = (Choice if kind == "subclass" else nn.Linear)(8, 3, bias=False)
+    block.gate = nn.Sequential(router) if kind == "nested" else router
+    block.shared = nn.Linear(8, 6)
+    model: Any = nn.Module()
+    model.layers = nn.ModuleList([block])
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        loader = Loader(model.to("meta"), checkpoint, None, "cpu")
+        info = describe(model, [ProcessRequest("layers.0", block)], loader)
+    assert set(info.linears) == {"layers.0.shared", *(f"layers.0.experts.{number}" for number in range(3))}
+    assert [kept.why for kept in info.kept.values()] == ["router"]
 
 
 def test_a_unit_may_be_a_linear_itself(tmp_path: Path) -> None:
@@ -169,7 +194,9 @@ def test_the_stored_name_is_that_of_the_checkpoint(tmp_path: Path) -> None:
         "layers.0.proj": "blk.0.proj",
         "head": "output",
     }
-    assert info.fused["layers.1.proj.weight"] == (6, 4)  # put together from two: it has no name of its own
+    assert info.kept["layers.1.proj.weight"] == Kept(
+        (6, 4), "no linear"
+    )  # put together from two: it has no name of its own
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ from PIL import Image
 from modelslim.api import hookimpl
 from modelslim_transformers.adapter import TransformersAdapter
 
-RECEIVED = []
+received = []
 
 
 class Adapter(TransformersAdapter):
@@ -219,7 +219,7 @@ class Adapter(TransformersAdapter):
 
     @hookimpl
     def handle_dataset(self, dataset, device):
-        RECEIVED.extend(dataset)
+        received.extend(dataset)
         return [{"input_ids": torch.tensor([[*self.pixels(s.image), *s.text.encode()]])} for s in dataset]
 
     def pixels(self, path):
@@ -247,7 +247,7 @@ def test_a_run_hands_the_samples_to_the_adapter(
 ) -> None:
     (images / "index.jsonl").write_text('{"image": "a.jpg", "text": "one"}\n{"image": "b.png"}\n')
     report = quantize(tiny_llama, tmp_path / "out", protocol(vlm("  dataset: images\n")), device="cpu")
-    assert pictures.RECEIVED == [
+    assert pictures.received == [
         VlmCalibSample("one", f"{images}/a.jpg"),
         VlmCalibSample(DEFAULT, f"{images}/b.png"),
     ]

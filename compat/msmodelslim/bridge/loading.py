@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -84,37 +84,46 @@ def active_loading() -> Loading:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What an adapter built: a model on meta, and where its tensors come from.
+class Promises:
+    """Where the tensors come from of a model that an adapter built.
 
     Attributes:
-        model: with every unit in it.
-        recorder: makes its tensors.
+        recorder: makes them.
+        parents: names of modules in the checkpoint, by their names in the model, where they differ.
     """
 
-    model: nn.Module
     recorder: Recorder
+    parents: Mapping[str, str]
 
-    def sources(self) -> dict[str, WeightSource]:
+    def sources(self, model: nn.Module) -> dict[str, WeightSource]:
         """By name of the parameter or persistent buffer; those that nothing was loaded into are left out."""
-        found = {name: self.recorder.source(tensor) for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        found = {name: self.recorder.source(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
         return {
-            name: source if source.convert is None else replace(source, name=name.removesuffix(".weight"))
+            name: source if source.convert is None else replace(source, name=self._stored_name(name))
             for name, source in found.items()
             if source is not None
         }
 
-    def compute_buffers(self, device: str) -> None:
+    def compute_buffers(self, model: nn.Module, device: str) -> None:
         """Make the buffers that no checkpoint holds (rotary frequencies)."""
-        for module in self.model.modules():
+        for module in model.modules():
             for name in module._non_persistent_buffers_set:
                 buffer = module._buffers[name]
                 if buffer is not None:
                     module._buffers[name] = self.recorder.compute(buffer).to(device)
 
+    def _stored_name(self, parameter: str) -> str:
+        """The name for a linear that was cut out of a stored tensor."""
+        parts = parameter.removesuffix(".weight").split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            parent = ".".join(parts[:end])
+            if parent in self.parents:
+                return ".".join([self.parents[parent], *parts[end:]])
+        return ".".join(parts)
 
-def load(adapter: Any) -> Loaded:
-    """Run the adapter's own loading on meta, up to its last unit.
+
+def load(adapter: Any) -> tuple[nn.Module, Promises]:
+    """Run the adapter's own loading on meta, up to its last unit; the model, and where its tensors come from.
 
     The stacked experts that transformers 5 turns on load are shown as it holds them, and where the adapter
     cannot work with that, as they are stored, which is how transformers 4 held them.
@@ -143,7 +152,7 @@ def load(adapter: Any) -> Loaded:
     ) from first
 
 
-def _load(adapter: Any, stored: Stored, config: Any) -> Loaded:
+def _load(adapter: Any, stored: Stored, config: Any) -> tuple[nn.Module, Promises]:
     recorder = Recorder()
     loading = Loading(recorder, stored)
     default = torch.get_default_dtype()
@@ -157,7 +166,7 @@ def _load(adapter: Any, stored: Stored, config: Any) -> Loaded:
         units = list(adapter.generate_model_visit(model))
         _turn_back(model, stored)
     _check(type(adapter).__name__, model, units)
-    return Loaded(model.eval(), recorder)
+    return model.eval(), Promises(recorder, stored.parents)
 
 
 def _check(who: str, model: nn.Module, units: Iterable[Any]) -> None:
@@ -277,15 +286,12 @@ def _require(loading: Loading, name: str) -> Tensor:
 
 
 def own_modules(adapter: object) -> list[Any]:
-    """The imported modules of the packages that an adapter's classes come from, this distribution's left out."""
+    """The imported modules of the packages that an adapter's classes come from."""
     packages = {kind.__module__.rpartition(".")[0] or kind.__module__ for kind in type(adapter).__mro__}
-    mine = {
-        package for package in packages if package.partition(".")[0] not in ("msmodelslim", "modelslim", "builtins", "abc")
-    }
     return [
         module
         for name, module in list(sys.modules.items())
-        if any(name == package or name.startswith(f"{package}.") for package in mine)
+        if any(name == package or name.startswith(f"{package}.") for package in packages)
     ]
 
 

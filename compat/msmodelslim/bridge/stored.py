@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,12 @@ class Stored:
             turned = _find_turned(reference, known, tensors)
         names = {file: list(content) for file, content in files.items()}
         return cls(path, tensors, names, known, turned)
+
+    @cached_property
+    def parents(self) -> Mapping[str, str]:
+        """Names of modules in the checkpoint, by their names in the model, where they differ."""
+        pairs = ((name.rpartition(".")[0], source.keys[0].rpartition(".")[0]) for name, (source, _) in self.known.items())
+        return {name: stored for name, stored in pairs if name != stored}
 
     def find(self, name: str, shape: torch.Size | None = None) -> tuple[WeightSource, Tensor] | None:
         """Where a tensor comes from, and one on meta of its shape and dtype.

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from modelslim.api import ModelError
 from modelslim.checkpoint import Checkpoint
+from modelslim.guard import Guard
+from modelslim.registry import Registry
+from modelslim.session import Session
 from modelslim.testing.adapter import AdapterContract, OpenModel
 from modelslim_deepseek.adapter import DeepSeekAdapter, DeepSeekV32Adapter
 
@@ -191,6 +194,21 @@ def test_mtp_layers_run_behind_the_main_model(stored: Stored) -> None:
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_guard_proves_the_forward_with_its_mtp_layers(case: tuple[str, int, bool], stored: Stored) -> None:
+    path = stored(*case)
+    session = Session(adapter_of(path))
+    with Checkpoint(path) as checkpoint:
+        model = session.init_model("meta")
+        assert Guard("adapters", case[0], False, Registry.scan()).check(session, model, checkpoint) == []
+
+
+def test_tiny_model_of_the_guard_has_mtp_layers(stored: Stored, tmp_path: Path) -> None:
+    session = Session(adapter_of(stored("deepseek_v3", 2, True)))
+    session.make_tiny_checkpoint(session.init_model("meta"), tmp_path)
+    assert [request.name for request in opened_whole(tmp_path).visit] == [f"model.layers.{index}" for index in range(4)]
+
+
 def test_router_bias_is_kept_in_float32(stored: Stored) -> None:
     path = stored("deepseek_v3", 1, True)
     state, tensors = opened_whole(path).model.state_dict(), load_file(path / "model.safetensors")
@@ -219,7 +237,11 @@ def test_float8_without_a_stated_dtype_becomes_bfloat16(stored: Stored, tmp_path
 
 @pytest.mark.parametrize(
     "quantization",
-    [{"quant_method": "fp8", "weight_block_size": None}, {"quant_method": "compressed-tensors"}, {"quant_method": "awq"}],
+    [
+        {"quant_method": "fp8", "weight_block_size": None},
+        {"quant_method": "compressed-tensors"},
+        {"quant_method": "awq"},
+    ],
 )
 def test_other_quantized_sources_are_refused(quantization: Mapping[str, Any], stored: Stored, tmp_path: Path) -> None:
     shutil.copytree(stored("deepseek_v3", 0, False), tmp_path, dirs_exist_ok=True)

@@ -26,6 +26,7 @@ from modelslim_transformers.inputs import first_line, media, process, require_mo
 from modelslim_transformers.processor import load_processor
 from modelslim_transformers.sources import weight_sources
 from modelslim_transformers.structure import language_layers, towers
+from modelslim_transformers.tiny import write_tiny_checkpoint
 
 
 class TransformersAdapter:
@@ -123,10 +124,14 @@ class TransformersAdapter:
         """The model's processor, whose ``video_processor`` is None where torchvision is not installed."""
         hint = "the directory must hold processor_config.json or preprocessor_config.json, and the tokenizer's files"
         try:
-            return load_processor(self.model_path, self.config, self.trust_remote_code)
+            processor = load_processor(self.model_path, self.config, self.trust_remote_code)
         except Exception as error:
             message = f"{self.model_path}: transformers cannot load the processor: {first_line(error)}"
             raise ModelError(message, hint=hint) from error
+        # Where the files are missing, transformers may answer with the tokenizer alone.
+        if not hasattr(processor, "tokenizer"):
+            raise ModelError(f"{self.model_path}: transformers finds no processor", hint=hint)
+        return processor
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer; not kept, since it takes tens of MB and is needed once."""
@@ -219,6 +224,15 @@ class TransformersAdapter:
         model.get_input_embeddings()(inputs["input_ids"][:, :1])
         output = yield from drive(self.generate_model_visit(model), model, **inputs, use_cache=False)
         return output.logits
+
+    @hookimpl
+    def make_tiny_checkpoint(self, model: nn.Module, path: Path) -> list[dict[str, Any]]:
+        """The architecture with every kind of its layers and all sizes small."""
+
+        def build(tiny: Path) -> nn.Module:
+            return type(self)(self.model_type, tiny, self.trust_remote_code).build()
+
+        return write_tiny_checkpoint(self.model_path, self.config, self.language_layers(model)[1], build, path)
 
     @hookimpl
     def get_weight_sources(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, WeightSource]:

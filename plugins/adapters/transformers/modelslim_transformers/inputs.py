@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modelslim.api import CapabilityError, DatasetError, VlmCalibSample
+from modelslim.api import CapabilityError, DatasetError, InvalidDatasetError, VlmCalibSample
 
 PARTS: Mapping[str, Sequence[str]] = {
     "image": ("image_processor",),
@@ -35,22 +35,28 @@ def require_modalities(dataset: Sequence[Any], processor: Any) -> None:
         processor: the model's processor; None when the model takes text alone.
 
     Raises:
-        CapabilityError: the processor lacks a part, because a package is not installed.
-        DatasetError: the model has no such part.
+        InvalidDatasetError: the model takes no such files.
+        CapabilityError: it does, but its processor lacks the part, because a package is not installed.
     """
+    found = {modality: (number, path) for number, modality, path in reversed(list(_numbered(dataset)))}
+    for modality, (number, path) in found.items():
+        parts = [getattr(processor, name) for name in PARTS[modality] if hasattr(processor, name)]
+        if not parts:
+            raise InvalidDatasetError(
+                f"calibration sample {number} holds {path}, and the model takes no {modality}",
+                hint=f"leave out the samples with {modality}",
+            )
+        if parts[0] is None:
+            raise CapabilityError(
+                f"calibration sample {number} holds {path}, and transformers needs torchvision for {modality}",
+                hint=f"install the torchvision that fits torch, or leave out the samples with {modality}",
+            )
+
+
+def _numbered(dataset: Sequence[Any]) -> Iterator[tuple[int, str, str]]:
     for number, sample in enumerate(dataset, start=1):
         for modality, path in media(sample).items():
-            names = [name for name in PARTS[modality] if hasattr(processor, name)]
-            if not names:
-                raise DatasetError(
-                    f"calibration sample {number} holds {path}, and the model takes no {modality}",
-                    hint=f"remove {modality} from the calibration data",
-                )
-            if getattr(processor, names[0]) is None:
-                raise CapabilityError(
-                    f"calibration sample {number} holds {path}, and transformers needs torchvision for {modality}",
-                    hint=f"install the torchvision that fits torch, or leave out the samples with {modality}",
-                )
+            yield number, modality, path
 
 
 def tokenize(tokenizer: Any, sample: Any, number: int) -> list[int]:
@@ -75,7 +81,7 @@ def tokenize(tokenizer: Any, sample: Any, number: int) -> list[int]:
 def process(
     processor: Any, messages: Sequence[Mapping[str, Any]], prompt: bool, number: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """All that the model's processor makes of a chat with images, audio and video.
+    """All that the model's processor makes of a chat, with its images, audio and video.
 
     Args:
         processor: the model's processor.

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-token prediction layers, which transformers leaves out of its models: built, loaded and run behind the last one."""
+"""Multi-token prediction layers, which transformers leaves out: built, loaded and run behind the last layer."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modelslim.api import hookimpl
 from modelslim_transformers.adapter import TransformersAdapter
+from modelslim_transformers.tiny import write_tiny_checkpoint
 
 
 class MtpAdapter(TransformersAdapter):
@@ -21,22 +26,40 @@ class MtpAdapter(TransformersAdapter):
     are stored with them (``embed_tokens``, ``shared_head.head``) repeat those of the model: they are copied, not run.
     """
 
-    def build(self) -> nn.Module:
-        """The model, which runs its multi-token prediction layers when it is called and gives what it gives without.
+    @cached_property
+    def mtp_layers(self) -> int:
+        """How many such layers the checkpoint holds; config.json counts them also where they were not saved.
 
         Those of a multimodal model are left out, and so copied: what they see at the places of an image is not known.
         """
+        if self.is_multimodal:
+            return 0
+        # Their norm and not their projection, which goes by other names once it is quantized.
+        return sum(re.fullmatch(r"(.+\.)?layers\.\d+\.enorm\.weight", name) is not None for name in self._names())
+
+    def build(self) -> nn.Module:
+        """The model, which runs its multi-token prediction layers when it is called and gives what it gives without."""
         model: Any = super().build()
-        prefix, layers = self.language_layers(model)
-        template, number = layers[-1], len(layers)
-        stored = set() if self.is_multimodal else _stored_names(self.model_path)
-        # The norm and not the projection, which goes by other names once it is quantized.
-        while f"{prefix}.{len(layers)}.enorm.weight" in stored:
+        _, layers = self.language_layers(model)
+        template = layers[-1]
+        for _ in range(self.mtp_layers):
             layers.append(_mtp_layer(template, len(layers)))
-        if len(layers) > number:
+        if self.mtp_layers:
             model.get_decoder().register_forward_hook(self._keep_hidden)
             model.register_forward_hook(self._run, with_kwargs=True)
         return model
+
+    @hookimpl
+    def make_tiny_checkpoint(self, model: nn.Module, path: Path) -> list[dict[str, Any]]:
+        """The architecture with every kind of its layers, those of multi-token prediction too, and all sizes small."""
+
+        def build(tiny: Path) -> nn.Module:
+            adapter = type(self)(self.model_type, tiny, self.trust_remote_code)
+            adapter.mtp_layers = self.mtp_layers
+            return adapter.build()
+
+        layers = self.language_layers(model)[1][: self.config.get_text_config().num_hidden_layers]
+        return write_tiny_checkpoint(self.model_path, self.config, layers, build, path)
 
     def run_mtp_layers(self, model: Any, input_ids: Tensor, hidden: Tensor, logits: Tensor) -> list[Tensor]:
         """Run the multi-token prediction layers as an engine does when it drafts.
@@ -79,6 +102,14 @@ class MtpAdapter(TransformersAdapter):
         mask: Tensor | None = create_causal_mask(model.config.get_text_config(), embeds, None, None, positions)
         return mask
 
+    def _names(self) -> Iterator[str]:
+        """Names of all tensors of the checkpoint."""
+        from safetensors import safe_open
+
+        for file in self.model_path.glob("*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                yield from opened.keys()
+
     def _keep_hidden(self, _decoder: nn.Module, _args: Any, output: Any) -> None:
         self._hidden: Tensor = output.last_hidden_state
 
@@ -90,7 +121,7 @@ class MtpAdapter(TransformersAdapter):
 
 
 class _MtpLayer(nn.Module):
-    """What a multi-token prediction layer has in front of its decoder layer and behind it; comes first among the bases."""
+    """What a multi-token prediction layer has around its decoder layer; comes first among the bases."""
 
     enorm: nn.Module
     hnorm: nn.Module
@@ -104,28 +135,17 @@ class _MtpLayer(nn.Module):
 
 
 def _mtp_layer(template: nn.Module, number: int) -> nn.Module:
-    """A multi-token prediction layer whose decoder layer is like the last one of the model, on meta."""
+    """A multi-token prediction layer whose decoder layer is like the last one of the model."""
     # Not built anew, since some classes look up the layer's number in lists that end before it.
     shared = {id(config): config for config in (getattr(part, "config", None) for part in template.modules())}
     layer: Any = deepcopy(template, shared)
     for module in layer.modules():
         if hasattr(module, "layer_idx"):
             module.layer_idx = number
-    norm, dtype = template.input_layernorm, template.input_layernorm.weight.dtype
+    norm: Any = template.input_layernorm
     width = norm.weight.numel()
     layer.enorm, layer.hnorm = deepcopy(norm), deepcopy(norm)
-    layer.eh_proj = nn.Linear(2 * width, width, bias=False, dtype=dtype, device="meta")
+    layer.eh_proj = nn.Linear(2 * width, width, bias=False, dtype=norm.weight.dtype, device=norm.weight.device)
     layer.shared_head = nn.ModuleDict({"norm": deepcopy(norm)})
     layer.__class__ = type(f"Mtp{type(template).__name__}", (_MtpLayer, type(template)), {})
     return layer.eval()
-
-
-def _stored_names(model_path: Path) -> set[str]:
-    """Names of all tensors of the checkpoint."""
-    from safetensors import safe_open
-
-    names: set[str] = set()
-    for file in model_path.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            names.update(opened.keys())
-    return names

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from modelslim.api import CapabilityError
 from modelslim_transformers.tiny_config import listed_by_layer, shrink
 from modelslim_transformers.tiny_inputs import make_inputs
 
-MOST_PARAMETERS = 20_000_000
+MOST_PARAMETERS = 50_000_000
 """More means that a size was not recognized."""
 
 
@@ -52,15 +53,30 @@ def write_tiny_checkpoint(
         if tensor.is_floating_point():
             # Fresh norms are ones and fresh biases zeros, which would hide a mistake.
             tensor += (torch.randn(tensor.shape) * 0.1).to(tensor.dtype)
-    model.save_pretrained(path)
-    return make_inputs(model.config)
+    with _no_progress_bar():
+        model.save_pretrained(path)
+    return make_inputs(model)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from showing how it writes a tiny file."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def count_layers(layers: Sequence[nn.Module], config: Any) -> int:
     """How many of the first layers hold one of every kind; at least two."""
     by_layer = listed_by_layer(config.to_dict(), len(layers)).values()
-    # A list whose items all differ holds indices, not kinds.
-    by_layer = [value for value in by_layer if len({str(item) for item in value}) < len(value)]
+    # Numbers that all differ are indices, not kinds.
+    by_layer = [value for value in by_layer if isinstance(value[0], str) or len(set(map(str, value))) < len(value)]
     kinds: set[Any] = set()
     last = 1
     for index, layer in enumerate(layers):

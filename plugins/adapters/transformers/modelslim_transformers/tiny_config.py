@@ -20,6 +20,11 @@ HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 
+TOWER_HIDDEN = ("hidden_size", "embed_dim", "d_model")
+TOWER_LAYERS = ("depth", "num_hidden_layers", "encoder_layers")
+TOWER_HEADS = ("num_heads", "num_attention_heads", "encoder_attention_heads")
+TOWER_AT_MOST: Mapping[str, int] = {"intermediate_size": 24, "encoder_ffn_dim": 24, "projection_dim": 16}
+
 AT_MOST: Mapping[str, int] = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner"), 48),
     **dict.fromkeys(("moe_intermediate_size", "expert_intermediate_size"), 24),
@@ -51,8 +56,28 @@ def shrink(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
         values: the configuration, with its parts, as ``to_dict`` gives it.
         layers: number of language layers to keep, from the first on.
     """
-    tokens = _token_ids(values)
-    return _replace_tokens(shrink_text(values, layers), tokens)
+    return _replace_tokens(_shrink_parts(values, layers), _token_ids(values))
+
+
+def _shrink_parts(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The language model, and the towers fitted to it."""
+    if isinstance(values.get("thinker_config"), Mapping):
+        return {**values, "thinker_config": _shrink_parts(values["thinker_config"], layers)}
+    text = values.get("text_config")
+    if not isinstance(text, Mapping):
+        return shrink_text(values, layers)
+    small_text = shrink_text(text, layers)
+    width = _first(small_text, HIDDEN)
+    small = {**values, "text_config": small_text}
+    for key in ("vision_config", "audio_config"):
+        if isinstance(values.get(key), Mapping):
+            small[key] = shrink_tower(values[key], width)
+    for key, value in (("vocab_size", VOCABULARY), ("hidden_size", width)):
+        if values.get(key) is not None:
+            small[key] = value
+    if values.get("mm_tokens_per_image") is not None:
+        small["mm_tokens_per_image"] = 4
+    return small
 
 
 def shrink_text(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -77,6 +102,37 @@ def shrink_text(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
     count = _first(values, LAYERS)
     _put(small, LAYERS, layers)
     small.update({key: value[:layers] for key, value in listed_by_layer(values, count).items()})
+    return {key: value for key, value in small.items() if key in values}
+
+
+def shrink_tower(values: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """A tiny vision or audio tower.
+
+    Args:
+        values: its configuration.
+        width: hidden size of the language model that takes its features.
+    """
+    small = dict(values)
+    heads, inner = _first(values, TOWER_HEADS), _first(values, TOWER_HIDDEN)
+    few = min(heads, 2)
+    _put(small, TOWER_HEADS, few)
+    _put(small, TOWER_HIDDEN, few * min(inner // heads, 16))
+    _put(small, ("out_hidden_size", "output_dim"), width)
+    for key, most in TOWER_AT_MOST.items():
+        small[key] = _at_most(small.get(key), most)
+    depth = 2
+    deepstack, full = values.get("deepstack_visual_indexes"), values.get("fullatt_block_indexes")
+    if deepstack:
+        small["deepstack_visual_indexes"] = list(range(len(deepstack)))
+        depth = len(deepstack) + 1
+    if full:
+        small["fullatt_block_indexes"] = [1]
+    _put(small, TOWER_LAYERS, depth)
+    patch = values.get("patch_size")
+    if patch is not None and values.get("image_size") is not None:
+        small["image_size"] = [4 * side for side in patch] if isinstance(patch, list) else 4 * patch
+    if patch is not None and values.get("window_size") is not None:
+        small["window_size"] = 2 * patch * values.get("spatial_merge_size", 1)
     return {key: value for key, value in small.items() if key in values}
 
 

@@ -13,6 +13,13 @@ from modelslim_ascendv1.planned import Linear, by_spec, fusions, joined, listed,
 from modelslim_ascendv1.schemes import describe, refusals
 from modelslim_ascendv1.warn import find_warnings
 
+ALWAYS_FLOAT: Mapping[str, str] = {
+    "kv_b_proj": "multi-head latent attention needs",
+    "eh_proj": "vLLM-Ascend builds multi-token prediction layers with",
+    "indexer.weights_proj": "vLLM-Ascend builds sparse attention with",
+}
+"""Linears that the engine holds in float whatever the description says, by the end of their names, and why."""
+
 
 def find_problems(model: PlannedModel) -> list[Problem]:
     """All problems, refusals first."""
@@ -24,7 +31,7 @@ def find_problems(model: PlannedModel) -> list[Problem]:
         *_fused(linears),
         *_experts(linears),
         *_group_size(storable),
-        *_latent_attention(linears),
+        *_always_float(linears),
         *_tied_head(linears, model),
         *_prefixes(linears, model),
         *find_warnings(storable, model),
@@ -136,14 +143,17 @@ def _group_size(linears: Iterable[Linear]) -> Iterator[Problem]:
         )
 
 
-def _latent_attention(linears: Iterable[Linear]) -> Iterator[Problem]:
-    members = [linear for linear in linears if linear.last == "kv_b_proj" and linear.spec is not None]
-    if members:
-        yield Problem(
-            f"multi-head latent attention needs kv_b_proj in float ({listed(members)})",
-            hint='add "*.kv_b_proj" to exclude',
-            linear=members[0].info.name,
-        )
+def _always_float(linears: Sequence[Linear]) -> Iterator[Problem]:
+    for name, reason in ALWAYS_FLOAT.items():
+        members = [
+            linear for linear in linears if f".{linear.info.stored}".endswith(f".{name}") and linear.spec is not None
+        ]
+        if members:
+            yield Problem(
+                f"{reason} {name} in float ({listed(members)})",
+                hint=f'add "*.{name}" to exclude',
+                linear=members[0].info.name,
+            )
 
 
 def _tied_head(linears: Iterable[Linear], model: PlannedModel) -> Iterator[Problem]:

@@ -29,7 +29,7 @@ def find_warnings(linears: Sequence[Linear], model: PlannedModel) -> Iterator[Pr
     yield from _groups(linears)
     yield from _float32_static(linears, model)
     if linears:
-        yield from _stacked_experts(model)
+        yield from _stacked_experts(linears, model)
 
 
 def _types(linears: Iterable[Linear]) -> Iterator[Problem]:
@@ -78,8 +78,10 @@ def _float32_static(linears: Iterable[Linear], model: PlannedModel) -> Iterator[
         )
 
 
-def _stacked_experts(model: PlannedModel) -> Iterator[Problem]:
-    stacked = sorted(name for name in model.tensors if name.endswith(_STACKED_EXPERTS))
+def _stacked_experts(linears: Iterable[Linear], model: PlannedModel) -> Iterator[Problem]:
+    taken_apart = {linear.moe for linear in linears}  # quantized experts are written one by one
+    names = (name for name in model.tensors if name.endswith(_STACKED_EXPERTS))
+    stacked = sorted(name for name in names if name.rpartition(".")[0] not in taken_apart)
     if stacked:
         yield Problem(
             f"the experts of a layer are stored as one tensor ({stacked[0]}, and {len(stacked) - 1} more), "

@@ -173,12 +173,18 @@ def test_w4a8_and_a_grouped_type_in_one_model_are_refused(specs: Specs, planned:
     assert two in problem.message
 
 
-def test_kv_b_proj_must_stay_float(specs: Specs, planned: Plan) -> None:
-    linears = {f"model.layers.{index}.self_attn.kv_b_proj": specs["dynamic"] for index in range(2)}
+@pytest.mark.parametrize("name", ["self_attn.kv_b_proj", "eh_proj", "self_attn.indexer.weights_proj"])
+def test_what_the_engine_holds_in_float_is_refused(name: str, specs: Specs, planned: Plan) -> None:
+    linears = {f"model.layers.{index}.{name}": specs["dynamic"] for index in range(2)}
     problem = only(planned(linears))
     assert problem.fatal
-    assert "kv_b_proj" in problem.message
+    assert name.removeprefix("self_attn.") in problem.message
+    assert f'"*.{name.removeprefix("self_attn.")}"' in problem.hint
     assert check(planned(dict.fromkeys(linears))) == []
+
+
+def test_projection_of_another_kind_may_be_quantized(specs: Specs, planned: Plan) -> None:
+    assert check(planned({"model.layers.0.router.weights_proj": specs["dynamic"]})) == []
 
 
 @pytest.mark.parametrize("config", [{"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}])
@@ -255,7 +261,9 @@ def test_static_float32_model_is_warned_to_be_served_in_float16(specs: Specs, pl
     assert check(planned({"a.o_proj": specs["static"]}, dtype="float16")) == []
 
 
-def test_experts_stored_as_one_tensor_are_warned_of(specs: Specs, planned: Plan) -> None:
+def test_experts_that_stay_one_tensor_are_warned_of(specs: Specs, planned: Plan) -> None:
     tensors = (f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj")
     assert not only(planned({"a.o_proj": specs["dynamic"]}, tensors=tensors)).fatal
+    apart = {f"{EXPERTS}.0.{name}": specs["dynamic"] for name in ("gate_proj", "up_proj", "down_proj")}
+    assert check(planned(apart, tensors=tensors)) == []
     assert check(planned({"a.o_proj": None}, tensors=tensors)) == []

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the methods of an adapter of the existing tool answer the hooks of ModelSlim."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from modelslim.api import ProcessRequest, WeightSource, hookimpl
+from msmodelslim.bridge.forward import mend_rope_index, run_forward
+from msmodelslim.bridge.loading import Promises, load
+from msmodelslim.core.const import DeviceType
+
+_promises: WeakKeyDictionary[nn.Module, Promises] = WeakKeyDictionary()
+
+
+class Bridged:
+    """Base of the adapters: a subclass that has a method of an interface answers the hook of that name.
+
+    The method itself stays as it is, defaults included, and is called by the function that answers.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for answer in _ANSWERS:
+            hook = answer.__name__
+            if callable(getattr(cls, hook, None)) or hook == "get_weight_sources":
+                setattr(cls, f"_answer_{hook}", hookimpl(specname=hook)(answer))
+
+
+def init_model(self: Any, device: str) -> nn.Module:
+    """The adapter's model with all its units, on meta; the engine fills it."""
+    model, promises = load(self)
+    if device != "meta":
+        promises.compute_buffers(model, device)
+    mend_rope_index(model)
+    _promises[model] = promises
+    return model
+
+
+def get_weight_sources(self: Any, model: nn.Module) -> Mapping[str, WeightSource]:
+    """What the adapter loaded where, and what it did to it."""
+    return _promises[model].sources(model)
+
+
+def handle_dataset(self: Any, dataset: Sequence[Any], device: str) -> list[Any]:
+    """The adapter's inputs, moved to the device of the run."""
+    inputs = self.handle_dataset(list(dataset), DeviceType.CPU)
+    moved: list[Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
+    return moved
+
+
+def generate_model_visit(self: Any, model: nn.Module) -> Generator[ProcessRequest, Any, None]:
+    """The adapter's units."""
+    visit: Generator[ProcessRequest, Any, None] = self.generate_model_visit(model)
+    return visit
+
+
+def generate_model_forward(self: Any, model: nn.Module, inputs: Any) -> Generator[ProcessRequest, Any, Any]:
+    """The adapter's forward."""
+    return run_forward(self, model, inputs)
+
+
+def enable_kv_cache(self: Any, model: nn.Module, need_kv_cache: bool) -> None:
+    """Switch the cache."""
+    self.enable_kv_cache(model, need_kv_cache)
+
+
+def get_adapter_config_for_subgraph(self: Any) -> Sequence[Any]:
+    """The adapter's subgraphs."""
+    subgraphs: Sequence[Any] = self.get_adapter_config_for_subgraph()
+    return subgraphs
+
+
+def get_ln_fuse_map(self: Any) -> Any:
+    """The adapter's map: (before the run, during it)."""
+    return self.get_ln_fuse_map()
+
+
+def get_bake_names(self: Any) -> Any:
+    """The adapter's names: (before the run, during it)."""
+    return self.get_bake_names()
+
+
+def get_rotate_map(self: Any, block_size: int) -> Any:
+    """The adapter's rotations: (before the run, during it)."""
+    return self.get_rotate_map(block_size)
+
+
+_ANSWERS = (
+    init_model,
+    get_weight_sources,
+    handle_dataset,
+    generate_model_visit,
+    generate_model_forward,
+    enable_kv_cache,
+    get_adapter_config_for_subgraph,
+    get_ln_fuse_map,
+    get_bake_names,
+    get_rotate_map,
+)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The families of the table: how a tiny random checkpoint of each is made, and what calibrates it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+TEXTS = ("seven boats 7 and eleven more in the harbour", "a scale maps a range of numbers", "twelve chars", "x1 y2 z3")
+
+COMMON: Mapping[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Every linear has a multiple of 32 inputs, so that a cell tells of the family and not of its tiny sizes."""
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+}
+EXPERTS = {"moe_intermediate_size": 96, "num_experts_per_tok": 2, "num_experts": 4}
+SHARED = {"shared_expert_intermediate_size": 96}
+GROUPS = {
+    "moe_intermediate_size": 96,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 24,
+}
+WIDE = {"head_dim": 24}
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+MARKS = {"image_token_id": 40, "video_token_id": 41, "vision_start_token_id": 42, "vision_end_token_id": 43}
+QWEN_VISION = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 64,
+}
+DEEPSTACK = {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table.
+
+    Attributes:
+        settings: of config.json, beside those that all language models share.
+        left_float: patterns of linears that every scheme excludes.
+        experts: pattern of the routed experts' linears; empty for a dense model.
+    """
+
+    settings: Mapping[str, Any]
+    left_float: Sequence[str] = ()
+    experts: str = ""
+
+    @property
+    def sees(self) -> bool:
+        """True for a model that takes images."""
+        return "vision_config" in self.settings
+
+    @property
+    def all_settings(self) -> Mapping[str, Any]:
+        """Those of config.json, whole."""
+        if self.sees:
+            return {**self.settings, "text_config": {**COMMON, **self.settings["text_config"]}}
+        return {**COMMON, **self.settings}
+
+
+ROUTED = "*.experts.*"
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family({}),
+    "mistral": Family({"sliding_window": 4, **WIDE}),
+    "qwen2": Family({"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 4}),
+    "qwen3": Family(WIDE),
+    "gemma2": Family({**SLIDING, **WIDE}),
+    "gemma3_text": Family({**SLIDING, **WIDE}),
+    "phi3": Family({}),
+    "olmo2": Family({}),
+    "glm4": Family(WIDE),
+    "granite": Family({}),
+    "cohere2": Family({**SLIDING, **WIDE}),
+    "ernie4_5": Family(WIDE),
+    "smollm3": Family({"no_rope_layers": [1, 0]}),
+    "exaone4": Family(SLIDING),
+    "hunyuan_v1_dense": Family(WIDE),
+    "starcoder2": Family({}),
+    "qwen3_5_text": Family({**HYBRID, **WIDE}, ["*.in_proj_a", "*.in_proj_b"]),
+    "qwen2_moe": Family({**EXPERTS, **SHARED, "decoder_sparse_step": 2}, ["*.shared_expert_gate"], ROUTED),
+    "qwen3_moe": Family({**EXPERTS, **WIDE, "mlp_only_layers": [0]}, experts=ROUTED),
+    "mixtral": Family({"num_local_experts": 4}, experts=ROUTED),
+    "olmoe": Family({**EXPERTS}, experts=ROUTED),
+    "phimoe": Family({"num_local_experts": 4}, ["*.router"], ROUTED),
+    "granitemoe": Family({"num_local_experts": 4}, experts=ROUTED),
+    "gpt_oss": Family({**SLIDING, **WIDE, "num_local_experts": 4, "num_experts_per_tok": 2}, experts=ROUTED),
+    "qwen3_next": Family({**EXPERTS, **HYBRID, **SHARED, **WIDE}, ["*.shared_expert_gate"], ROUTED),
+    "deepseek_v3": Family({**GROUPS, **LATENT}, ["*.kv_b_proj"], ROUTED),
+    "glm4_moe": Family({**GROUPS, **WIDE}, experts=ROUTED),
+    "ernie4_5_moe": Family({"moe_intermediate_size": 96, "moe_num_experts": 4, "moe_k": 2, **WIDE}, experts=ROUTED),
+    "hunyuan_v1_moe": Family({"num_experts": 4, "moe_topk": 2, **WIDE}, ["*.gate.wg"], ROUTED),
+    "qwen2_5_vl": Family(
+        {
+            "text_config": {"rope_parameters": {**ROTARY, "mrope_section": [4, 2, 2]}},
+            "vision_config": {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
+            **MARKS,
+        }
+    ),
+    "qwen3_vl": Family(
+        {
+            "text_config": {"head_dim": 16, "rope_parameters": {**ROTARY, "mrope_section": [4, 2, 2]}},
+            "vision_config": DEEPSTACK,
+            **MARKS,
+        }
+    ),
+    "qwen3_vl_moe": Family(
+        {
+            "text_config": {
+                "head_dim": 16,
+                "rope_parameters": {**ROTARY, "mrope_section": [4, 2, 2]},
+                "mlp_only_layers": [0],
+                **EXPERTS,
+            },
+            "vision_config": DEEPSTACK,
+            **MARKS,
+        },
+        experts=ROUTED,
+    ),
+    "internvl": Family({"text_config": {"model_type": "qwen2"}, "vision_config": VISION, "image_token_id": 40}),
+    "llava": Family(
+        {
+            "text_config": {"model_type": "llama"},
+            "vision_config": {"model_type": "clip_vision_model", **VISION},
+            "image_token_index": 40,
+        }
+    ),
+    "gemma3": Family(
+        {
+            "text_config": {**SLIDING, **WIDE},
+            "vision_config": {"model_type": "siglip_vision_model", **VISION, "vision_use_head": False},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 40,
+            "boi_token_index": 42,
+            "eoi_token_index": 43,
+        }
+    ),
+}
+
+
+def plugin_fixtures() -> ModuleType:
+    """The conftest of the generic adapter, which writes checkpoints, tokenizers and processors of all families."""
+    file = ROOT / "plugins" / "adapters" / "transformers" / "tests" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("transformers_adapter_fixtures", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_family(name: str, path: Path) -> None:
+    """A float checkpoint in bfloat16, with its tokenizer and, where it sees, its processor."""
+    family, fixtures = FAMILIES[name], plugin_fixtures()
+    fixtures.write_checkpoint(path, name, family.all_settings, torch.bfloat16, "1GB")
+    if family.sees:
+        fixtures.save_tokenizer(path, fixtures.PLACEHOLDERS, fixtures.ALIASES)
+        fixtures.write_processor(path, name)
+    else:
+        fixtures.save_tokenizer(path)
+
+
+def write_samples(path: Path) -> None:
+    """Calibration data: ``texts.jsonl`` for language models, ``images`` for those that see."""
+    from PIL import Image
+
+    path.mkdir()
+    (path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    folder = path / "images"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(2)
+    records: list[dict[str, str]] = [{"text": TEXTS[0]}]
+    for text, shape in zip(TEXTS[1:3], ((20, 24, 3), (40, 16, 3)), strict=True):
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(folder / f"{shape[0]}.png")
+        records.append({"image": f"{shape[0]}.png", "text": text})
+    (folder / "index.json").write_text(json.dumps(records), encoding="utf-8")
