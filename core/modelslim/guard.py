@@ -26,6 +26,7 @@ from modelslim.registry import Registry
 from modelslim.session import Session
 
 PROOF = "run AdapterContract of modelslim.testing, and let the adapter implement make_tiny_checkpoint"
+IDLE = "no input of its tiny model enters there"
 HINT = (
     "generate_model_forward must hand every unit what the model's own forward hands it, and pass on what the unit "
     "gives; `modelslim.api.drive` does so without code"
@@ -115,6 +116,9 @@ class Guard:
                 f"model, {difference}",
                 hint=HINT,
             ) from failure
+        idle = [unit for unit, calls in expected.recording.calls.items() if not calls]
+        if idle:
+            return [f"the forward of the adapter {self._name!r} is not proven for {', '.join(idle)}: {IDLE}"]
         return []
 
 

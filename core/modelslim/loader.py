@@ -165,14 +165,19 @@ class Loader:
         """Fill every module outside the units when it is called, and never if it is not."""
         inside = tuple(f"{unit}." for unit in units)
         waiting: dict[nn.Module, list[str]] = defaultdict(list)
+        # The forward of a module around a unit is still on its way when the unit is waited for.
+        suspended: set[str] = set()
         for name, (module, _) in self._slots.items():
             if not name.startswith(inside):
                 waiting[module].append(name)
+                parent = name.rpartition(".")[0]
+                if any(unit.startswith(f"{parent}." if parent else "") for unit in units):
+                    suspended.add(name)
 
         def fill(module: nn.Module, _args: Any) -> None:
             empty = [name for name in waiting[module] if self.is_empty(name)]
             self.install(self.read(empty))
-            self._filled.update(empty)
+            self._filled.update(name for name in empty if name not in suspended)
 
         for module in waiting:
             module.register_forward_pre_hook(fill)

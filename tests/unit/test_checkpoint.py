@@ -26,6 +26,7 @@ from torch import Tensor
 from modelslim import checkpoint as module
 from modelslim.checkpoint import DTYPES, INDEX, Checkpoint
 from modelslim.errors import ModelError
+from modelslim.types import DecodedTensor
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -443,3 +444,46 @@ def test_opening_reads_no_weight(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_the_byte_order_of_this_machine_is_that_of_the_format() -> None:
     assert sys.byteorder == "little"  # the reader copies bytes as they are
+
+
+def test_decoded_tensors_stand_in_place_of_those_that_make_them(tmp_path: Path) -> None:
+    codes = torch.tensor([[1.5, -2.0, 0.25]]).to(torch.float8_e4m3fn)
+    plain = torch.arange(3.0)
+    tensors = {"a": plain, "w.codes": codes, "w.scale": torch.tensor([0.5]), "z": plain + 1}
+    save_file(tensors, tmp_path / "model.safetensors")
+
+    def decode(parts: list[Tensor]) -> Tensor:
+        return (parts[0].float() * parts[1]).to(torch.bfloat16)
+
+    with Checkpoint(tmp_path) as checkpoint:
+        checkpoint.decode({"w": DecodedTensor(("w.codes", "w.scale"), "bfloat16", (1, 3), decode)})
+        assert set(checkpoint.tensors) == {"a", "w", "z"}
+        assert set(checkpoint.stored) == set(tensors)
+        stored = checkpoint.tensors["w"]
+        assert (stored.name, stored.dtype, stored.shape, stored.nbytes) == ("w", "BF16", (1, 3), 6)
+        expected = torch.tensor([[0.75, -1.0, 0.125]], dtype=torch.bfloat16)
+        assert torch.equal(checkpoint.read("w"), expected)
+        assert b"".join(bytes(piece) for piece in checkpoint.chunks("w")) == raw(expected)
+        assert torch.equal(checkpoint.read("z"), plain + 1)
+
+
+def test_decoded_tensor_may_bear_the_name_of_what_it_is_made_of_and_is_found_again(tmp_path: Path) -> None:
+    save_file({"w": torch.tensor([2.0]), "w_scale": torch.tensor([3.0])}, tmp_path / "model.safetensors")
+    decoded = {"w": DecodedTensor(("w", "w_scale"), "float32", (1,), lambda parts: parts[0] * parts[1])}
+    with Checkpoint(tmp_path) as checkpoint:
+        for _ in range(2):  # as when two models are opened from one checkpoint
+            checkpoint.decode(decoded)
+            assert list(checkpoint.tensors) == ["w"]
+            assert checkpoint.read("w").tolist() == [6.0]
+
+
+@pytest.mark.parametrize(("codes", "scale"), [([2.0, nan], 1.0), ([2.0, 3.0], inf), ([65504.0, 2.0], 8.0)])
+def test_decoded_tensor_that_is_not_finite_is_refused_by_name(codes: list[float], scale: float, tmp_path: Path) -> None:
+    tensors = {"w": torch.tensor(codes, dtype=torch.float16), "w_scale": torch.tensor([scale], dtype=torch.float16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    decoded = {"w": DecodedTensor(("w", "w_scale"), "float16", (2,), lambda parts: parts[0] * parts[1])}
+    with Checkpoint(tmp_path) as checkpoint:
+        checkpoint.decode(decoded)
+        for read in (checkpoint.read, lambda name: list(checkpoint.chunks(name))):
+            with pytest.raises(ModelError, match=r"w(_scale)? holds 1 value that is NaN or infinite"):
+                read("w")

@@ -136,7 +136,7 @@ def load(adapter: Any) -> tuple[nn.Module, Promises]:
     path, trust = Path(adapter.model_path), bool(adapter.trust_remote_code)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust, local_files_only=True)
     stored = Stored.open(path, config, trust)
-    layouts = [stored, replace(stored, as_stored=True)] if stored.turned else [stored]
+    layouts = [stored, replace(stored, as_before=True)] if stored.turned else [stored]
     failures: list[Exception] = []
     for layout in layouts:
         try:
@@ -196,7 +196,7 @@ def _check(who: str, model: nn.Module, units: Iterable[Any]) -> None:
 
 def _turn_back(model: nn.Module, stored: Stored) -> None:
     """Give transformers' modules that the adapter left in the model the layout that their forward wants."""
-    if stored.as_stored:
+    if stored.as_before:
         for module in model.modules():
             for name in stored.turned.get(type(module), ()):
                 weight: Tensor = getattr(module, name)
@@ -244,7 +244,7 @@ def _redirected(adapter: Any, loading: Loading) -> Iterator[None]:
 
 def _turned_inits(stored: Stored) -> Iterator[tuple[type[nn.Module], Any]]:
     """Constructors that make the stacked weights as they are stored."""
-    for kind, names in stored.turned.items() if stored.as_stored else ():
+    for kind, names in stored.turned.items() if stored.as_before else ():
 
         def construct(self: nn.Module, *args: Any, _init: Any = kind.__init__, _names: Any = names, **kwargs: Any) -> None:
             _init(self, *args, **kwargs)

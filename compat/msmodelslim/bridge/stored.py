@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +27,9 @@ class Stored:
         tensors: every stored tensor on meta, by name.
         files: names of the tensors in each file.
         known: where the parameters of transformers' own model come from, by name, with their shapes.
-        turned: classes of modules whose stacked weights lie transposed in this checkpoint.
-        as_stored: True to show those weights as they are stored, which is how transformers 4 held them.
+        turned: names of stacked weights that transformers 4 held as [experts, in, out] and 5 turns on load, by
+            the class of their module.
+        as_before: True to show those weights as transformers 4 held them.
     """
 
     path: Path
@@ -35,7 +37,7 @@ class Stored:
     files: Mapping[str, list[str]]
     known: Mapping[str, tuple[WeightSource, torch.Size]]
     turned: Mapping[type[nn.Module], tuple[str, ...]]
-    as_stored: bool = False
+    as_before: bool = False
 
     @classmethod
     def open(cls, path: Path, config: Any, trust_remote_code: bool) -> Stored:
@@ -73,17 +75,17 @@ class Stored:
         Returns:
             None when the checkpoint does not hold it.
         """
-        if name in self.known and shape is not None and not (self.as_stored and self._is_turned(name)):
+        if name in self.known and shape is not None:
             source, real = self.known[name]
-            like = self.tensors[source.keys[0]]
+            dtype = self.tensors[source.keys[0]].dtype
+            if self.as_before and any(name.rpartition(".")[2] in names for names in self.turned.values()):
+                before = torch.empty(real, dtype=dtype, device="meta").transpose(1, 2)
+                return _turned(source), before.contiguous()
             if real == shape or name not in self.tensors:
-                return source, torch.empty(real, dtype=like.dtype, device="meta")
+                return source, torch.empty(real, dtype=dtype, device="meta")
         if name in self.tensors:
             return WeightSource((name,)), self.tensors[name]
         return None
-
-    def _is_turned(self, name: str) -> bool:
-        return any(name.rpartition(".")[2] in names for names in self.turned.values())
 
 
 def _files(path: Path) -> list[Path]:
@@ -109,23 +111,35 @@ def _reference(config: Any, trust_remote_code: bool) -> Any:
 def _find_turned(
     model: nn.Module, known: dict[str, tuple[WeightSource, torch.Size]], tensors: Mapping[str, Tensor]
 ) -> dict[type[nn.Module], tuple[str, ...]]:
-    """Classes whose stacked weights are stored as [experts, in, out]; their sources are corrected on the way.
+    """Classes whose stacked weights transformers turns on load; their sources are corrected on the way.
 
     transformers turns a weight only where the shapes differ, so that a square one stays as it was; another
     one of the same module, which cannot be square too, tells.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    patterns = [
+        pattern
+        for entry in get_model_conversion_mapping(model)
+        if isinstance(entry, WeightConverter) and any(isinstance(operation, Transpose) for operation in entry.operations)
+        for pattern in entry.target_patterns
+    ]
     turned: dict[type[nn.Module], tuple[str, ...]] = {}
     for path, module in model.named_modules():
-        stacked = {}
-        for attribute, parameter in module.named_parameters(recurse=False):
-            source, shape = known.get(f"{path}.{attribute}", (None, parameter.shape))
-            if source is not None and source.convert is not None and len(source.keys) == 1 and parameter.dim() == 3:
-                stacked[attribute] = (source.keys[0], shape)
-        if any(tensors[key].shape != shape for key, shape in stacked.values()):
-            turned[type(module)] = tuple(stacked)
-            for attribute, (key, shape) in stacked.items():
-                known[f"{path}.{attribute}"] = (WeightSource((key,), _turn), shape)
+        names = [f"{path}.{attribute}" for attribute, tensor in module.named_parameters(recurse=False) if tensor.dim() == 3]
+        found = [name for name in names if name in known and any(re.search(pattern, name) for pattern in patterns)]
+        if found:
+            turned[type(module)] = tuple(name.rpartition(".")[2] for name in found)
+            is_turned = any(tensors[known[name][0].keys[0]].shape != known[name][1] for name in found)
+            for name in found:
+                source, shape = known[name]
+                known[name] = (WeightSource(source.keys[:1], _turn if is_turned else None), shape)
     return turned
+
+
+def _turned(source: WeightSource) -> WeightSource:
+    return WeightSource(source.keys, _turn if source.convert is None else None)
 
 
 def _turn(tensors: list[Tensor]) -> Tensor:

@@ -24,12 +24,14 @@ import torch
 from torch import nn
 
 from modelslim.algorithm import Algorithm, Unit
+from modelslim.coverage import cover
 from modelslim.errors import QuantizationError
+from modelslim.experts import ExpertLinear
 from modelslim.loader import dtype_name
 from modelslim.patterns import matches
 from modelslim.ports import PortCollector
 from modelslim.protocol.compose import apiversions, compose
-from modelslim.quantized import QuantizedLinear
+from modelslim.quantized import QuantizedExperts, QuantizedLinear
 from modelslim.registry import Registry
 from modelslim.statistics import UnitStatistics
 from modelslim.types import LinearInfo, QuantSpec
@@ -126,6 +128,33 @@ class AlgorithmContract:
             assert module.spec == unit.specs[name]
             _check_linear(module, linears[name])
 
+    def test_fused_experts_become_as_many_linears(
+        self, config: Mapping[str, Any], algorithm_class: type[Algorithm]
+    ) -> None:
+        """An algorithm that takes fused experts answers with all of them; one of them saw no token."""
+        algorithm = algorithm_class.from_config(config)
+        name, bank = f"{UNIT}.mlp.experts.down_proj", _random_experts()
+        dtype = dtype_name(bank.weight.dtype)
+        infos = [
+            LinearInfo(one, one, UNIT, bank.out_features, bank.in_features, False, dtype, name)
+            for one in (f"{UNIT}.mlp.experts.{number}.down_proj" for number in range(bank.experts))
+        ]
+        specs = algorithm.select(infos)
+        if not algorithm.takes_experts or len(specs) < len(infos):
+            pytest.skip("the algorithm takes no fused experts, or the entry does not select them")
+        unit = Unit(UNIT, {name: bank}, {name: specs[infos[0].name]})
+        generator = torch.Generator().manual_seed(1)
+        with PortCollector(unit.linears, algorithm.needs(unit)) as ports:
+            bank(torch.randn((8, bank.in_features), generator=generator).to(bank.weight.dtype), [5, 0, 3])
+        cover(ports, list(algorithm.needs(unit)), "fallback")
+        module = algorithm.apply(unit, ports.statistics())[name]
+        assert isinstance(module, QuantizedExperts)
+        assert (module.experts, module.spec) == (bank.experts, unit.specs[name])
+        for number in range(bank.experts):
+            alone = nn.Linear(bank.in_features, bank.out_features, bias=False)
+            alone.weight = nn.Parameter(bank.weight[number], requires_grad=False)
+            _check_linear(module.linear(number), alone)
+
     def test_linears_of_other_entries_are_left_alone(
         self, config: Mapping[str, Any], algorithm_class: type[Algorithm], linears: Mapping[str, nn.Linear]
     ) -> None:
@@ -185,6 +214,13 @@ def random_linears() -> Mapping[str, nn.Linear]:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         linears[f"{UNIT}.{name}"] = linear
     return linears
+
+
+def _random_experts() -> ExpertLinear:
+    """One linear of three experts in bfloat16."""
+    bank = ExpertLinear(3, 64, 128, {"down_proj": slice(None)}, dtype=torch.bfloat16)
+    bank.weight.copy_(torch.randn(bank.weight.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+    return bank
 
 
 def _describe(linears: Mapping[str, nn.Linear]) -> list[LinearInfo]:

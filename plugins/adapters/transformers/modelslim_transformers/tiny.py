@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modelslim.api import CapabilityError
@@ -55,6 +56,11 @@ def write_tiny_checkpoint(
             tensor += (torch.randn(tensor.shape) * 0.1).to(tensor.dtype)
     with _no_progress_bar():
         model.save_pretrained(path)
+    if isinstance(getattr(tiny, "thinker_config", None), type(model.config)):
+        # A part of the published model: it is stored under its name, beside the configuration of the whole.
+        file = path / "model.safetensors"
+        save_file({f"thinker.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        tiny.save_pretrained(path)
     return make_inputs(model)
 
 

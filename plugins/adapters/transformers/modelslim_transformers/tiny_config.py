@@ -20,7 +20,10 @@ HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 
-TOWER_HIDDEN = ("hidden_size", "embed_dim", "d_model")
+FIXED_SECTIONS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "qwen3_omni_moe_text")
+"""Language models that mix the rotations of time, height and width even where config.json does not say how."""
+
+TOWER_HIDDEN = ("embed_dim", "hidden_size", "d_model")
 TOWER_LAYERS = ("depth", "num_hidden_layers", "encoder_layers")
 TOWER_HEADS = ("num_heads", "num_attention_heads", "encoder_attention_heads")
 TOWER_AT_MOST: Mapping[str, int] = {"intermediate_size": 24, "encoder_ffn_dim": 24, "projection_dim": 16}
@@ -118,6 +121,8 @@ def shrink_tower(values: Mapping[str, Any], width: int) -> dict[str, Any]:
     _put(small, TOWER_HEADS, few)
     _put(small, TOWER_HIDDEN, few * min(inner // heads, 16))
     _put(small, ("out_hidden_size", "output_dim"), width)
+    if values.get("embed_dim") is not None:  # then hidden_size is that of the language model
+        _put(small, ("hidden_size",), width)
     for key, most in TOWER_AT_MOST.items():
         small[key] = _at_most(small.get(key), most)
     depth = 2
@@ -153,9 +158,10 @@ def _shrink_heads(small: dict[str, Any], heads: int, width: int) -> int:
         _put(small, KEY_HEADS, few if key_heads == heads else min(key_heads, 2))
     head_dim = small.get("head_dim") or width // heads
     rope = _rope(small)
-    if any("long_factor" in part for part in rope):
-        pass  # factors are listed per frequency
-    elif any("mrope_section" in part for part in rope):
+    sections = any("mrope_section" in part for part in rope)
+    if any("long_factor" in part for part in rope) or (not sections and small.get("model_type") in FIXED_SECTIONS):
+        pass  # factors are listed per frequency, and sections are for the size that the published models have
+    elif sections:
         head_dim = min(head_dim, int(16 / _partial(small, rope)))
     else:
         head_dim = min(head_dim, 16)

@@ -18,38 +18,57 @@ LENGTHS = (9, 14)
 GRID = (1, 8, 8)
 """Frames and patches of a picture, more than the windows of a tiny tower hold."""
 
+FRAMES = 40
+"""Frames of a sound."""
+
 
 def make_inputs(model: Any) -> list[dict[str, Any]]:
-    """Arguments of the model's forward, one mapping per sample; the first with a picture if the model looks at some.
+    """Arguments of the model's forward, one mapping per sample; with a picture and a sound where the model takes some.
 
     Raises:
         CapabilityError: how many tokens a picture becomes is not known for this architecture.
     """
-    config = getattr(model.config, "thinker_config", model.config)
+    config = model.config
     taken = set(special_tokens(config.to_dict()))
     words = torch.tensor([token for token in range(FREE_TOKENS) if token not in taken])
     first, second = (words[torch.randint(len(words), (1, length))] for length in LENGTHS)
     if getattr(config, "vision_config", None) is None:
         return [{"input_ids": first}, {"input_ids": second}]
-    return [_with_picture(model, config, first), {"input_ids": second, "attention_mask": torch.ones_like(second)}]
-
-
-def _with_picture(model: Any, config: Any, words: Tensor) -> dict[str, Any]:
-    """A text with a picture between its second and third word."""
     count, picture = _picture(config)
-    token = _first(config, "image_token_id", "image_token_index")
-    begin, end = _first(config, "vision_start_token_id"), _first(config, "vision_end_token_id")
+    inputs = [_with_file(model, "image", "vision", first, count, picture)]
+    if getattr(config, "audio_config", None) is not None:
+        count, sound = _sound(model, config)
+        inputs.append(_with_file(model, "audio", "audio", second, count, sound))
+    return [*inputs, {"input_ids": second, "attention_mask": torch.ones_like(second)}]
+
+
+def _with_file(
+    model: Any, kind: str, frame: str, words: Tensor, count: int, features: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """A text with the tokens of a file behind its second word."""
+    config = model.config
+    token = _first(config, f"{kind}_token_id", f"{kind}_token_index")
+    begin, end = (_first(config, f"{frame}_{side}_token_id") for side in ("start", "end"))
     middle = [*([begin] if begin is not None else []), *[token] * count, *([end] if end is not None else [])]
     ids = torch.cat([words[:, :2], torch.tensor([middle]), words[:, 2:]], 1)
-    kinds = (ids == token).long()
-    optional = {"mm_token_type_ids": kinds, "token_type_ids": kinds}
+    optional = dict.fromkeys(("mm_token_type_ids", "token_type_ids"), (ids == token).long())
     known = inspect.signature(type(model).forward).parameters
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        **{key: value.to(model.dtype) if value.is_floating_point() else value for key, value in picture.items()},
+        **{key: value.to(model.dtype) if value.is_floating_point() else value for key, value in features.items()},
         **{key: value for key, value in optional.items() if key in known},
     }
+
+
+def _sound(model: Any, config: Any) -> tuple[int, Mapping[str, Tensor]]:
+    """How many tokens a sound becomes, and its spectrum."""
+    tower = next((part for part in model.modules() if hasattr(part, "_get_feat_extract_output_lengths")), None)
+    if tower is None:
+        raise CapabilityError(f"how many tokens a sound becomes is not known for {config.model_type!r}")
+    count = int(tower._get_feat_extract_output_lengths(torch.tensor([FRAMES]))[-1])
+    features = torch.randn(1, config.audio_config.num_mel_bins, FRAMES)
+    return count, {"input_features": features, "feature_attention_mask": torch.ones(1, FRAMES, dtype=torch.long)}
 
 
 def _picture(config: Any) -> tuple[int, Mapping[str, Tensor]]:
