@@ -10,7 +10,9 @@ from pathlib import Path
 from modelslim.writer import save_error
 
 # The weights in any layout, and indices that would send an engine to them.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz")
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz")
+# A .pt file may also hold what no other file does, such as the voices of a model that speaks.
+_WEIGHTS_PT = ("model", "weights", "consolidated", "checkpoint")
 _INDEX = ".index.json"
 _DESCRIPTION = "quant_model_description"
 
@@ -21,10 +23,14 @@ def companions(source: Path) -> Iterator[Path]:
         relative = file.relative_to(source)
         if any(part.startswith(".") or part == "__pycache__" for part in relative.parts) or not file.is_file():
             continue
-        if file.suffix in _WEIGHTS or file.name.endswith(_INDEX) or file.name.startswith(_DESCRIPTION):
+        if _holds_weights(file) or file.name.endswith(_INDEX) or file.name.startswith(_DESCRIPTION):
             continue
         if relative != Path("config.json"):
             yield relative
+
+
+def _holds_weights(file: Path) -> bool:
+    return file.suffix in _WEIGHTS or (file.suffix == ".pt" and any(word in file.stem for word in _WEIGHTS_PT))
 
 
 def copy_companions(source: Path, target: Path) -> None:

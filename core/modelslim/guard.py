@@ -8,7 +8,8 @@ calibrates compares the two forwards to the bit, on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,32 +34,68 @@ HINT = (
 )
 
 
-class Guard:
-    """Opens adapters on tiny checkpoints and compares their forwards.
+def prove_forward(
+    session: Session,
+    model: nn.Module,
+    source: Checkpoint,
+    kind: str,
+    name: str,
+    trust_remote_code: bool,
+    registry: Registry,
+) -> list[str]:
+    """Prove the forward of a run's adapter; see :meth:`Guard.check`.
 
     Args:
+        session: the run's hooks.
+        model: the model on meta.
+        source: the real checkpoint, of which only config.json is of interest.
         kind: kind of the adapter's entry point, ``adapters`` or ``models``.
         name: name of its entry point.
         trust_remote_code: allow code of the checkpoint to run.
         registry: the installed plugins.
     """
 
-    def __init__(self, kind: str, name: str, trust_remote_code: bool, registry: Registry) -> None:
-        self._kind = kind
-        self._name = name
-        self._trust = trust_remote_code
-        self._registry = registry
+    def reopen(model_type: str, path: Path) -> Session:
+        return open_session(kind, name, model_type, path, trust_remote_code, registry)
 
-    def check(self, session: Session, model: nn.Module, source: Checkpoint) -> list[str]:
-        """Prove the forward of the run's adapter.
+    def shrink(path: Path) -> Sequence[Any] | None:
+        if (kind, name) == ("adapters", GENERIC) or GENERIC not in registry.names("adapters"):
+            return None
+        model_type = str(source.config["model_type"])
+        generic = open_session("adapters", GENERIC, model_type, source.path, trust_remote_code, registry)
+        return generic.make_tiny_checkpoint(generic.init_model("meta"), path)
+
+    return Guard(name, reopen, shrink).check(session, model)
+
+
+class Guard:
+    """Opens an adapter on a tiny checkpoint and compares the two forwards.
+
+    Args:
+        name: what messages call the adapter.
+        reopen: gives a session of the adapter for another checkpoint, from its model_type and its directory.
+        shrink: makes the tiny checkpoint and its inputs when the adapter itself does not; may give None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reopen: Callable[[str, Path], Session],
+        shrink: Callable[[Path], Sequence[Any] | None] = lambda path: None,
+    ) -> None:
+        self._name = name
+        self._reopen = reopen
+        self._shrink = shrink
+
+    def check(self, session: Session, model: nn.Module) -> list[str]:
+        """Prove the forward of the session's adapter.
 
         Args:
             session: the run's hooks.
             model: the model on meta.
-            source: the real checkpoint, of which only config.json is of interest.
 
         Returns:
-            Nothing, or one line that says why the forward could not be proven.
+            Nothing, or one line that says what could not be proven, and why.
 
         Raises:
             CapabilityError: the forward is not the model's own; names the first unit that differs.
@@ -67,10 +104,8 @@ class Guard:
             torch.manual_seed(0)
             path = Path(folder)
             try:
-                inputs = session.make_tiny_checkpoint(model, path)
-                is_own = inputs is not None
-                if inputs is None:
-                    inputs = self._ask_generic(source, path)
+                own = session.make_tiny_checkpoint(model, path)
+                inputs = self._shrink(path) if own is None else own
                 if not inputs:
                     raise CapabilityError("no tiny model of its architecture can be made")
                 tiny = Checkpoint(path)
@@ -78,24 +113,13 @@ class Guard:
             except Exception as error:  # whatever a model's code raises; the run itself is not touched
                 return [f"the forward of the adapter {self._name!r} is not proven: {_line(error)}; {PROOF}"]
             with tiny:
-                return self._compare(self._open(tiny), inputs, expected, is_own)
+                return self._compare(self._open(tiny), inputs, expected, own is not None)
 
     def _open(self, tiny: Checkpoint) -> OpenModel:
-        model_type = str(tiny.config["model_type"])
-        session = open_session(self._kind, self._name, model_type, tiny.path, self._trust, self._registry)
-        return OpenModel.opened_by(session, tiny)
-
-    def _ask_generic(self, source: Checkpoint, path: Path) -> Sequence[Any] | None:
-        """Let the generic adapter shrink a model that transformers knows; None when there is no such adapter."""
-        if (self._kind, self._name) == ("adapters", GENERIC) or GENERIC not in self._registry.names("adapters"):
-            return None
-        model_type = str(source.config["model_type"])
-        session = open_session("adapters", GENERIC, model_type, source.path, self._trust, self._registry)
-        return session.make_tiny_checkpoint(session.init_model("meta"), path)
+        return OpenModel.opened_by(self._reopen(str(tiny.config["model_type"]), tiny.path), tiny)
 
     def _compare(self, opened: OpenModel, inputs: Sequence[Any], expected: _Whole, is_own: bool) -> list[str]:
-        names = [request.name for request in opened.visit]
-        recording = Recording(opened.model, names)
+        recording = Recording(opened.model, [request.name for request in opened.visit])
         failure: Exception | None = None
         try:
             outputs = opened.run_units(inputs)
@@ -128,7 +152,8 @@ class _Whole:
     def __init__(self, opened: OpenModel, inputs: Sequence[Any]) -> None:
         opened.fill()
         self.recording = Recording(opened.model, [request.name for request in opened.visit])
-        self.outputs = [tensors_in(call_model(opened.model, sample)) for sample in inputs]
+        # A forward may change what it is given.
+        self.outputs = [tensors_in(call_model(opened.model, sample)) for sample in deepcopy(inputs)]
         if any(tensor.isnan().any() for output in self.outputs for tensor in output):
             raise CapabilityError("the tiny random model computes NaN")
 

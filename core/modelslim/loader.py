@@ -94,7 +94,7 @@ class Loader:
             )
 
     def check(self) -> list[str]:
-        """What the checkpoint lacks, or holds in another shape or as integers; empty when all can be filled."""
+        """What the checkpoint lacks, or holds in another shape or as codes; empty when all can be filled."""
         problems = []
         for name, meta in self._meta.items():
             try:
@@ -104,7 +104,8 @@ class Loader:
                 continue
             if source.convert is None:
                 stored = self._checkpoint.tensors[source.keys[0]]
-                if meta.is_floating_point() and not stored.torch_dtype.is_floating_point:
+                is_float = stored.torch_dtype.is_floating_point and stored.torch_dtype.itemsize > 1
+                if meta.is_floating_point() and not is_float:
                     problems.append(
                         f"{stored.file}: {stored.name} holds {stored.dtype} codes, as a quantized model does, "
                         "where a float weight is wanted"

@@ -18,7 +18,7 @@ from modelslim.checkpoint import Checkpoint
 from modelslim.dataset import find_dataset, read_samples
 from modelslim.devices import resolve_device
 from modelslim.errors import DatasetError, Diagnostic, ModelSlimError, ProtocolError
-from modelslim.guard import Guard
+from modelslim.guard import prove_forward
 from modelslim.loader import Loader
 from modelslim.model_info import ModelInfo, describe
 from modelslim.plan_checks import Checks, Step, with_scale_dtypes
@@ -151,7 +151,9 @@ def make_plan(
     dataset = _find_dataset(protocol, checks, registry, config_path.parent, calibrate)
     with _together_with(diagnostics):
         samples, remarks = _read(dataset, protocol)
-        unproven = Guard(kind, name, trust_remote_code, registry).check(session, model, checkpoint) if samples else []
+        unproven = (
+            prove_forward(session, model, checkpoint, kind, name, trust_remote_code, registry) if samples else []
+        )
     runner, about_runner = _runner(protocol)
     if diagnostics:
         raise _refusal(config_path, diagnostics)

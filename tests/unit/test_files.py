@@ -26,6 +26,7 @@ NEEDED = [
     "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
+    "voices.pt",
 ]
 LEFT = [
     ".git/HEAD",
@@ -43,6 +44,7 @@ LEFT = [
     "onnx/model.onnx_data",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "pytorch_model-00001-of-00002.pt",
     "quant_model_description.json",
     "quant_model_description_w8a8.json",
     "sub/weights.pt",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,7 +29,7 @@ class Bridged:
         super().__init_subclass__(**kwargs)
         for answer in _ANSWERS:
             hook = answer.__name__
-            if callable(getattr(cls, hook, None)) or hook == "get_weight_sources":
+            if hook in _NEW or callable(getattr(cls, hook, None)):
                 setattr(cls, f"_answer_{hook}", hookimpl(specname=hook)(answer))
 
 
@@ -65,6 +66,22 @@ def generate_model_forward(self: Any, model: nn.Module, inputs: Any) -> Generato
     return run_forward(self, model, inputs)
 
 
+def make_tiny_checkpoint(self: Any, path: Path) -> Sequence[Any]:
+    """What the generic adapter makes of the same config.json; of a vision-language model the inputs with an image."""
+    from modelslim_transformers.adapter import TransformersAdapter
+
+    generic = TransformersAdapter(self.config.model_type, Path(self.model_path), bool(self.trust_remote_code))
+    inputs = [_Collected(sample) for sample in generic.make_tiny_checkpoint(generic.init_model("meta"), path)]
+    return [sample for sample in inputs if "pixel_values" in sample] or inputs
+
+
+class _Collected(dict[str, Any]):
+    """Inputs in which absent ones are None, as those are that an adapter collects."""
+
+    def __missing__(self, key: str) -> None:
+        return None
+
+
 def enable_kv_cache(self: Any, model: nn.Module, need_kv_cache: bool) -> None:
     """Switch the cache."""
     self.enable_kv_cache(model, need_kv_cache)
@@ -91,12 +108,16 @@ def get_rotate_map(self: Any, block_size: int) -> Any:
     return self.get_rotate_map(block_size)
 
 
+_NEW = ("get_weight_sources", "make_tiny_checkpoint")
+"""Hooks that the existing tool does not have."""
+
 _ANSWERS = (
     init_model,
     get_weight_sources,
     handle_dataset,
     generate_model_visit,
     generate_model_forward,
+    make_tiny_checkpoint,
     enable_kv_cache,
     get_adapter_config_for_subgraph,
     get_ln_fuse_map,

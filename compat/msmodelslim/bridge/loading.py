@@ -19,6 +19,7 @@ from modelslim.api import ModelError, ModelSlimError, PluginError, WeightSource
 from msmodelslim.bridge.recorder import Recorder
 from msmodelslim.bridge.stored import Stored
 from msmodelslim.core.const import DeviceType
+from modelslim_transformers.experts import fuse_experts
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,26 @@ class Promises:
 
     Attributes:
         recorder: makes them.
-        parents: names of modules in the checkpoint, by their names in the model, where they differ.
+        stored: the checkpoint.
     """
 
     recorder: Recorder
-    parents: Mapping[str, str]
+    stored: Stored
 
     def sources(self, model: nn.Module) -> dict[str, WeightSource]:
         """By name of the parameter or persistent buffer; those that nothing was loaded into are left out."""
-        found = {name: self.recorder.source(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-        return {
+        fused = self.stored.fused_experts(model)
+        found = {
+            name: self.recorder.source(tensor)
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if name not in fused
+        }
+        named = {
             name: source if source.convert is None else replace(source, name=self._stored_name(name))
             for name, source in found.items()
             if source is not None
         }
+        return {**named, **fused}
 
     def compute_buffers(self, model: nn.Module, device: str) -> None:
         """Make the buffers that no checkpoint holds (rotary frequencies)."""
@@ -117,8 +124,8 @@ class Promises:
         parts = parameter.removesuffix(".weight").split(".")
         for end in range(len(parts) - 1, 0, -1):
             parent = ".".join(parts[:end])
-            if parent in self.parents:
-                return ".".join([self.parents[parent], *parts[end:]])
+            if parent in self.stored.parents:
+                return ".".join([self.stored.parents[parent], *parts[end:]])
         return ".".join(parts)
 
 
@@ -166,7 +173,8 @@ def _load(adapter: Any, stored: Stored, config: Any) -> tuple[nn.Module, Promise
         units = list(adapter.generate_model_visit(model))
         _turn_back(model, stored)
     _check(type(adapter).__name__, model, units)
-    return model.eval(), Promises(recorder, stored.parents)
+    fuse_experts(model)
+    return model.eval(), Promises(recorder, stored)
 
 
 def _check(who: str, model: nn.Module, units: Iterable[Any]) -> None:

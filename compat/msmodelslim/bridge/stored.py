@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelslim.api import WeightSource
+from modelslim.api import ExpertLinear, WeightSource
 from modelslim_transformers.sources import weight_sources
 
 
@@ -64,6 +64,15 @@ class Stored:
         """Names of modules in the checkpoint, by their names in the model, where they differ."""
         pairs = ((name.rpartition(".")[0], source.keys[0].rpartition(".")[0]) for name, (source, _) in self.known.items())
         return {name: stored for name, stored in pairs if name != stored}
+
+    def fused_experts(self, model: nn.Module) -> dict[str, WeightSource]:
+        """Sources of the experts that the adapter left as transformers holds them."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        experts = {name for name, module in model.named_modules() if isinstance(module, ExpertLinear)}
+        if not experts:
+            return {}
+        sources = weight_sources(model, shapes)
+        return {name: source for name, source in sources.items() if name.rpartition(".")[0] in experts}
 
     def find(self, name: str, shape: torch.Size | None = None) -> tuple[WeightSource, Tensor] | None:
         """Where a tensor comes from, and one on meta of its shape and dtype.

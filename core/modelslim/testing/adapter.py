@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from modelslim.checkpoint import Checkpoint
+from modelslim.guard import Guard
 from modelslim.model_info import describe
 from modelslim.open_model import OpenModel, call_model, tensors_in
 from modelslim.session import Session
@@ -130,6 +131,18 @@ class AdapterContract:
             expected = tensors_in(self.whole_forward(whole.model, sample, checkpoint))
             assert expected, "whole_forward returned no tensor"
             _assert_identical(tensors_in(actual[index]), expected, f"sample {index}")
+
+    def test_plan_proves_the_forward_on_a_tiny_model_of_the_adapter(self, adapter: object, opened: OpenModel) -> None:
+        """``make_tiny_checkpoint`` makes one, and on it every unit gives to the bit what it gives in a plain call."""
+        if not opened.session.has("make_tiny_checkpoint"):
+            pytest.skip("the adapter has no make_tiny_checkpoint; the plan asks the generic adapter")
+
+        def reopen(model_type: str, path: Path) -> Session:
+            kind: Any = type(adapter)
+            return Session(kind(model_type, path, False))
+
+        session = Session(adapter)
+        assert Guard(type(adapter).__name__, reopen).check(session, session.init_model("meta")) == []
 
 
 def _assert_identical(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:

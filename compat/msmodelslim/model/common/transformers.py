@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,15 +16,12 @@ from msmodelslim.utils.security.model import SafeGenerator
 
 
 class TransformersModel(ConfiguredModelAdapter):
-    """Loads a causal language model and turns texts into inputs.
+    """Loads a causal language model and turns texts into inputs."""
 
-    Attributes:
-        tokenizer: the model's tokenizer.
-    """
-
-    def __init__(self, model_type: str, model_path: Path, trust_remote_code: bool = False) -> None:
-        super().__init__(model_type, model_path, trust_remote_code)
-        self.tokenizer = self._load_tokenizer(trust_remote_code=trust_remote_code)
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Loaded when it is first asked for."""
+        return self._load_tokenizer(trust_remote_code=self.trust_remote_code)
 
     def _load_tokenizer(self, trust_remote_code: bool = False) -> Any:
         return SafeGenerator.get_tokenizer_from_pretrained(self.model_path, trust_remote_code=trust_remote_code)

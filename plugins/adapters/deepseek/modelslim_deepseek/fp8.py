@@ -74,7 +74,8 @@ def dequantize(codes: Tensor, scale: Tensor, block: tuple[int, int], dtype: torc
     rows, columns = block
     weight = torch.empty(codes.shape, dtype=dtype)
     # By rows of blocks, so that memory holds no second copy in float32.
-    for part, target, factors in zip(codes.split(rows), weight.split(rows), scale.to(torch.float32), strict=True):
+    parts = zip(torch.split(codes, rows), torch.split(weight, rows), scale.to(torch.float32), strict=True)
+    for part, target, factors in parts:
         target.copy_(part.to(torch.float32) * factors.repeat_interleave(columns)[: codes.shape[1]])
     return weight
 

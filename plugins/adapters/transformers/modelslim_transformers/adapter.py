@@ -23,6 +23,7 @@ from modelslim.api import (
 )
 from modelslim_transformers.experts import fuse_experts
 from modelslim_transformers.inputs import first_line, media, process, require_modalities, to_device, tokenize
+from modelslim_transformers.placement import state_device
 from modelslim_transformers.processor import load_processor
 from modelslim_transformers.sources import weight_sources
 from modelslim_transformers.structure import language_layers, towers
@@ -169,6 +170,7 @@ class TransformersAdapter:
         _keep_in_float32(model, self.dtype)
         if device != "meta":
             _compute_buffers(model, device)
+            state_device(model, device)
         fuse_experts(model)
         return model
 

@@ -39,13 +39,14 @@ class MtpAdapter(TransformersAdapter):
 
     def build(self) -> nn.Module:
         """The model, which runs its multi-token prediction layers when it is called and gives what it gives without."""
-        model: Any = super().build()
+        model: nn.Module = super().build()
+        language: Any = model
         _, layers = self.language_layers(model)
         template = layers[-1]
         for _ in range(self.mtp_layers):
             layers.append(_mtp_layer(template, len(layers)))
         if self.mtp_layers:
-            model.get_decoder().register_forward_hook(self._keep_hidden)
+            language.get_decoder().register_forward_hook(self._keep_hidden)
             model.register_forward_hook(self._run, with_kwargs=True)
         return model
 
@@ -58,7 +59,7 @@ class MtpAdapter(TransformersAdapter):
             adapter.mtp_layers = self.mtp_layers
             return adapter.build()
 
-        layers = self.language_layers(model)[1][: self.config.get_text_config().num_hidden_layers]
+        layers = list(self.language_layers(model)[1])[: self.config.get_text_config().num_hidden_layers]
         return write_tiny_checkpoint(self.model_path, self.config, layers, build, path)
 
     def run_mtp_layers(self, model: Any, input_ids: Tensor, hidden: Tensor, logits: Tensor) -> list[Tensor]:
@@ -130,7 +131,7 @@ class _MtpLayer(nn.Module):
 
     def forward(self, embeds: Tensor, hidden: Tensor, **kwargs: Any) -> Tensor:
         joined = self.eh_proj(torch.cat((self.enorm(embeds), self.hnorm(hidden)), -1))
-        output: Tensor = self.shared_head["norm"](super().forward(joined, **kwargs))  # type: ignore[misc]
+        output: Tensor = self.shared_head["norm"](super().forward(joined, **kwargs))
         return output
 
 
@@ -148,4 +149,5 @@ def _mtp_layer(template: nn.Module, number: int) -> nn.Module:
     layer.eh_proj = nn.Linear(2 * width, width, bias=False, dtype=norm.weight.dtype, device=norm.weight.device)
     layer.shared_head = nn.ModuleDict({"norm": deepcopy(norm)})
     layer.__class__ = type(f"Mtp{type(template).__name__}", (_MtpLayer, type(template)), {})
-    return layer.eval()
+    made: nn.Module = layer.eval()
+    return made

@@ -96,7 +96,7 @@ def _expert_sources(
     result = {}
     for name, stored in found.items():
         linear = linears[name]
-        converter = converters.get(stored[0][1])
+        converter = converters.get(stored[0][1] or "")
         operations = [type(operation).__name__ for operation in converter.operations] if converter else []
         if name in single and operations in ([], ["Transpose"]):
             is_transposed = module.is_transposed

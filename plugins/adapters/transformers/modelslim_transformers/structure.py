@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -31,7 +32,7 @@ def language_layers(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 def towers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules beside the language layers that hold layers of their own: vision and audio towers, in their order.
+    """Modules beside the language layers that hold layers of their own: vision and audio towers, as the model calls them.
 
     A connector that holds a few linears and no list of layers is not among them: models call it between
     two passes of one tower (an image and a video), where it cannot be a unit.
@@ -40,11 +41,33 @@ def towers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     parent: nn.Module = model
     prefix = ""
     for part in layers.split("."):
-        for name, child in parent.named_children():
-            if name != part and not isinstance(child, nn.ModuleList) and any(_outermost_lists(child)):
-                yield f"{prefix}{name}", child
+        found = {
+            name: child
+            for name, child in parent.named_children()
+            if name != part and not isinstance(child, nn.ModuleList) and any(_outermost_lists(child))
+        }
+        for name in _in_order_of_calls(found, type(parent)) if len(found) > 1 else found:
+            yield f"{prefix}{name}", found[name]
         parent = parent.get_submodule(part)
         prefix += f"{part}."
+
+
+def _in_order_of_calls(names: Iterable[str], kind: type) -> list[str]:
+    """Names of parts in the order in which the class's forward comes to them; those that it never names at the end."""
+    positions: dict[str, int] = {}
+    for name in _named_by(kind, "forward", set()):
+        positions.setdefault(name, len(positions))
+    return sorted(names, key=lambda name: positions.get(name, len(positions)))
+
+
+def _named_by(kind: type, method: str, seen: set[str]) -> Iterator[str]:
+    """Attributes that a method names, in the order of its code; methods that get features are followed."""
+    seen.add(method)
+    code = getattr(inspect.unwrap(getattr(kind, method)), "__code__", None)
+    for name in code.co_names if code else ():
+        if name.startswith("get_") and name not in seen and callable(getattr(kind, name, None)):
+            yield from _named_by(kind, name, seen)
+        yield name
 
 
 def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:

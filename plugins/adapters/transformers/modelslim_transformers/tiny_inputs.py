@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,12 +64,21 @@ def _with_file(
 
 def _sound(model: Any, config: Any) -> tuple[int, Mapping[str, Tensor]]:
     """How many tokens a sound becomes, and its spectrum."""
-    tower = next((part for part in model.modules() if hasattr(part, "_get_feat_extract_output_lengths")), None)
-    if tower is None:
-        raise CapabilityError(f"how many tokens a sound becomes is not known for {config.model_type!r}")
-    count = int(tower._get_feat_extract_output_lengths(torch.tensor([FRAMES]))[-1])
+    count = int(_sound_lengths(model, config)[-1])
     features = torch.randn(1, config.audio_config.num_mel_bins, FRAMES)
     return count, {"input_features": features, "feature_attention_mask": torch.ones(1, FRAMES, dtype=torch.long)}
+
+
+def _sound_lengths(model: Any, config: Any) -> Any:
+    """What the model itself says: lengths behind the convolutions and, last, behind the tower."""
+    frames, name = torch.tensor([FRAMES]), "_get_feat_extract_output_lengths"
+    for part in model.modules():
+        if hasattr(part, name):
+            return getattr(part, name)(frames)
+    function = getattr(sys.modules[type(model).__module__], name, None)
+    if function is None:
+        raise CapabilityError(f"how many tokens a sound becomes is not known for {config.model_type!r}")
+    return function(frames, config.audio_config.n_window)
 
 
 def _picture(config: Any) -> tuple[int, Mapping[str, Tensor]]:

@@ -42,9 +42,9 @@ class WeightRounder:
                 self._round(flat[start : start + step], flat_codes[start : start + step], spec)
                 for start in range(0, rows, step)
             ]
-        scale = torch.cat([scale for scale, _ in parts]).unflatten(0, weight.shape[:-1])
+        scale = torch.cat([scale for scale, _ in parts]).view(*weight.shape[:-1], -1)
         offsets = [offset for _, offset in parts if offset is not None]
-        offset = torch.cat(offsets).unflatten(0, weight.shape[:-1]) if offsets else None
+        offset = torch.cat(offsets).view(scale.shape) if offsets else None
         return QuantizedTensor(codes, scale, offset, spec)
 
     def _round(self, weight: Tensor, codes: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
