@@ -29,7 +29,7 @@ FUSED = (
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
 )
-ALONE = {"down_proj": 16, "o_proj": 16, "w2": 16}
+ROW_PARALLEL = {"down_proj", "o_proj", "w2", "out_proj", "dense", "proj", "c_proj", "fc2", "linear_fc2"}
 EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(\w+)")
 
 
@@ -256,9 +256,7 @@ def _layout(
         "weight_offset": ("F32", (rows, 1)),
     }
     if type_ == "W4A8_DYNAMIC":
-        last = name.rpartition(".")[2]
-        slices = ALONE.get(last, 1 if any(last in names for names in FUSED) else 0)
-        slices = slices or (16 if last in ("dense", "proj", "fc2", "linear_fc2", "out_proj", "c_proj") else 1)
+        slices = 16 if name.rpartition(".")[2] in ROW_PARALLEL else 1
         return {"weight": ("I8", (rows // 2, columns)), **scales, "scale_bias": ("F32", (rows, slices))}
     return {"weight": ("I8", (rows, columns)), **scales}
 

@@ -35,28 +35,40 @@ def decoded_tensors(
         dtype: what the float tensors become.
 
     Raises:
-        ModelError: a float8 weight has no scales, or their number does not fit.
+        ModelError: a float8 weight has no scales, their number does not fit, or scales belong to nothing.
     """
     decoded: dict[str, DecodedTensor] = {}
+    problems: list[str] = []
     for name, stored in tensors.items():
-        if stored.dtype != "F8_E4M3":
+        is_scale = name.endswith(SCALE)
+        if is_scale and (name.removesuffix(SCALE) not in tensors or not _is_float8(tensors[name.removesuffix(SCALE)])):
+            problems.append(f"{stored.file}: {name} belongs to no float8 weight")
+        if not _is_float8(stored):
             continue
         scale = tensors.get(f"{name}{SCALE}")
-        if scale is None:
-            raise ModelError(
-                f"{stored.file}: {name} holds float8 codes, and there is no {name}{SCALE}",
-                hint="the download is incomplete, or the checkpoint is quantized in another way",
-            )
         blocks = tuple(-(-size // edge) for size, edge in zip(stored.shape, block, strict=False))
-        if len(stored.shape) != 2 or scale.shape != blocks:
-            raise ModelError(
+        if scale is None:
+            problems.append(f"{stored.file}: {name} holds float8 codes, and there is no {name}{SCALE}")
+        elif len(stored.shape) != 2 or scale.shape != blocks:
+            problems.append(
                 f"{scale.file}: {scale.name} has the shape {list(scale.shape)}; a weight {list(stored.shape)} in "
-                f"blocks of {list(block)} has {list(blocks)}",
-                hint="weights and config.json (weight_block_size) belong to different models",
+                f"blocks of {list(block)} has {list(blocks)}"
             )
-        decode = partial(_decode, block, dtype)
-        decoded[name] = DecodedTensor((name, scale.name), str(dtype).removeprefix("torch."), stored.shape, decode)
+        else:
+            decode = partial(_decode, block, dtype)
+            decoded[name] = DecodedTensor((name, scale.name), str(dtype).removeprefix("torch."), stored.shape, decode)
+    if problems:
+        more = f" (and {len(problems) - 1} more such tensors)" if len(problems) > 1 else ""
+        raise ModelError(
+            f"{problems[0]}{more}",
+            hint="the download is incomplete, or the weights and config.json (quantization_config) belong to different "
+            "models",
+        )
     return decoded
+
+
+def _is_float8(stored: StoredTensor) -> bool:
+    return stored.dtype == "F8_E4M3"
 
 
 def dequantize(codes: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -66,6 +66,10 @@ def write_float(path: Path, model_type: str, mtp_layers: int) -> None:
         if name.endswith("e_score_correction_bias"):  # the published one is float32, and needs it
             buffer.data = buffer.data.float() + random(tuple(buffer.shape), name)
     model.save_pretrained(path)
+    values = json.loads((path / "config.json").read_text())
+    # As published: code for transformers 4, which must not be wanted.
+    values["auto_map"] = {"AutoConfig": "configuration.C", "AutoModelForCausalLM": "modeling.M"}
+    (path / "config.json").write_text(json.dumps(values))
     tensors = load_file(path / "model.safetensors")
     last = f"model.layers.{COMMON['num_hidden_layers'] - 1}."
     for index in range(COMMON["num_hidden_layers"], COMMON["num_hidden_layers"] + mtp_layers):

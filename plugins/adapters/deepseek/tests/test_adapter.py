@@ -261,7 +261,7 @@ def test_damaged_float8_codes_are_named(stored: Stored, tmp_path: Path) -> None:
         opened_whole(tmp_path)
 
 
-@pytest.mark.parametrize("change", ["absent", "shape"])
+@pytest.mark.parametrize("change", ["absent", "shape", "orphan"])
 def test_scales_that_do_not_fit_are_refused_before_anything_is_read(
     change: str, stored: Stored, tmp_path: Path
 ) -> None:
@@ -271,6 +271,9 @@ def test_scales_that_do_not_fit_are_refused_before_anything_is_read(
     scale = tensors.pop(name)
     if change == "shape":
         tensors[name] = scale[:-1].clone()
+    if change == "orphan":
+        tensors[name] = scale
+        tensors[name.removesuffix("_scale_inv")] = tensors[name.removesuffix("_scale_inv")].bfloat16()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with Checkpoint(tmp_path) as checkpoint, pytest.raises(ModelError, match=name) as caught:
         adapter_of(tmp_path).get_decoded_tensors(checkpoint.stored)

@@ -6,15 +6,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from modelslim.cli.main import main
+from modelslim.evaluation import evaluate
+from modelslim.registry import Registry
 
 Stored = Callable[..., Path]
 Run = Callable[..., dict[str, Tensor]]
@@ -154,6 +158,51 @@ def test_plain_bfloat16_source_is_copied_raw_where_it_stays_float(quantize: Run,
         for layer in range(5)
         for part in ("weight_scale", "weight_offset")
     }
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "deepseek_v32"])
+def test_shipped_practice_is_accepted_and_quantizes_all_the_engine_can(
+    model_type: str, stored: Stored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    practice = files(Registry.scan().load("practices", "deepseek")) / f"{model_type}_w8a8_dynamic.yaml"
+    source = stored(model_type, 1, True)
+    words = ["--model_path", source, "--save_path", tmp_path / "out", "--config_path", practice]
+    assert main(["quant", "--device", "cpu", *map(str, words)]) == 0, capsys.readouterr().err
+    result = result_of(tmp_path / "out")
+    assert_accounted_for(dequantized(source), result)
+    matrices = {name for name, tensor in dequantized(source).items() if tensor.dim() == 2}
+    kept = ("kv_b_proj.weight", "eh_proj.weight", "weights_proj.weight", "head.weight", "tokens.weight", "gate.weight")
+    quantized = {name for name, tensor in result.items() if tensor.dtype == torch.int8}
+    assert quantized == {name for name in matrices if not name.endswith(kept)}
+
+
+def test_result_is_evaluated_against_its_float8_source(quantize: Run, stored: Stored, tmp_path: Path) -> None:
+    source = stored("deepseek_v3", 1, True)
+    quantize(source, quantizer("per_token", include=["*"], exclude=FLOAT[:3]))
+    found = evaluate(tmp_path / "out", source, "some words to read " * 4, window=16, device="cpu")
+    assert 0 < found.kl < 0.1
+    whole = reference_loss(source, tmp_path)
+    assert abs(found.float_perplexity - whole) < 1e-3 * whole
+
+
+def reference_loss(source: Path, tmp_path: Path) -> float:
+    """Perplexity of the float model by transformers, in windows of 16 tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = tmp_path / "float"
+    path.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(dequantized(source), path / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(source)("some words to read " * 4, return_tensors="pt")["input_ids"][0]
+    losses = []
+    for window in ids.split(16):
+        if len(window) > 1:
+            logits = model(window[None]).logits[0, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
+    return float(torch.cat(losses).mean().exp())
 
 
 @pytest.mark.parametrize("name", ["kv_b_proj", "eh_proj"])

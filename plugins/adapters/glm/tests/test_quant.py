@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modelslim.cli.main import main
+from modelslim.registry import Registry
 
 Stored = Callable[..., Path]
 Run = Callable[..., dict[str, Tensor]]
@@ -85,3 +87,22 @@ def test_static_attention_and_dynamic_experts(
     assert result.keys() <= description.keys()
     for name in ("eh_proj", "enorm", "shared_head.head", "embed_tokens", "mlp.gate"):
         assert description[f"{prefix}.layers.3.{name}.weight"] == "FLOAT"
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe", "glm4v_moe"])
+def test_shipped_practice_is_accepted_and_quantizes_all_the_engine_can(
+    model_type: str, stored: Stored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    practice = files(Registry.scan().load("practices", "glm")) / f"{model_type}_w8a8_dynamic.yaml"
+    source = stored(model_type, 1)
+    words = ["--model_path", source, "--save_path", tmp_path / "out", "--config_path", practice]
+    assert main(["quant", "--device", "cpu", *map(str, words)]) == 0, capsys.readouterr().err
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    result, expected = load_file(file), load_file(source / "model.safetensors")
+    assert expected.keys() <= result.keys()
+    matrices = {name for name, tensor in expected.items() if tensor.dim() == 2 and not name.startswith("model.visual")}
+    if model_type == "glm4v_moe":
+        matrices = {name for name in matrices if not name.startswith("model.language_model.layers.3.")}
+    kept = ("eh_proj.weight", "head.weight", "tokens.weight", "mlp.gate.weight")
+    quantized = {name for name, tensor in result.items() if tensor.dtype == torch.int8}
+    assert quantized == {name for name in matrices if not name.endswith(kept)}

@@ -60,6 +60,7 @@ AUDIO: Mapping[str, Any] = {
     "output_dim": 32,
     "max_source_positions": 64,
 }
+ARCHITECTURES = {"qwen2_5_omni": "Qwen2_5OmniModel", "qwen3_omni_moe": "Qwen3OmniMoeForConditionalGeneration"}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 
 
@@ -146,6 +147,7 @@ def write_checkpoint(path: Path, model_type: str) -> None:
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](thinker_config=thinker_config(model_type))
     config.dtype = "bfloat16"
+    config.architectures = [ARCHITECTURES[model_type]]
     model = thinker_class(model_type)._from_config(config.thinker_config, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(1)
     for tensor in model.state_dict().values():

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ModelSlim adapter for any decoder-only transformers model"""
+"""ModelSlim adapter for any transformers language or multimodal model"""

@@ -32,7 +32,7 @@ def language_layers(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 def towers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules beside the language layers that hold layers of their own: vision and audio towers, as the model calls them.
+    """Modules beside the language layers that hold layers of their own (vision, audio), in the order of their calls.
 
     A connector that holds a few linears and no list of layers is not among them: models call it between
     two passes of one tower (an image and a video), where it cannot be a unit.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ MOST_PARAMETERS = 50_000_000
 
 
 def write_tiny_checkpoint(
-    source: Path, config: Any, layers: Sequence[nn.Module], build: Callable[[Path], Any], path: Path
+    source: Path, config: Any, layers: nn.ModuleList, build: Callable[[Path], Any], path: Path
 ) -> list[dict[str, Any]]:
     """Write the checkpoint and make inputs for it.
 
@@ -78,11 +78,11 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def count_layers(layers: Sequence[nn.Module], config: Any) -> int:
+def count_layers(layers: nn.ModuleList, config: Any) -> int:
     """How many of the first layers hold one of every kind; at least two."""
-    by_layer = listed_by_layer(config.to_dict(), len(layers)).values()
+    listed = listed_by_layer(config.to_dict(), len(layers)).values()
     # Numbers that all differ are indices, not kinds.
-    by_layer = [value for value in by_layer if isinstance(value[0], str) or len(set(map(str, value))) < len(value)]
+    by_layer = [value for value in listed if isinstance(value[0], str) or len(set(map(str, value))) < len(value)]
     kinds: set[Any] = set()
     last = 1
     for index, layer in enumerate(layers):

@@ -75,11 +75,8 @@ def _shrink_parts(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
     for key in ("vision_config", "audio_config"):
         if isinstance(values.get(key), Mapping):
             small[key] = shrink_tower(values[key], width)
-    for key, value in (("vocab_size", VOCABULARY), ("hidden_size", width)):
-        if values.get(key) is not None:
-            small[key] = value
-    if values.get("mm_tokens_per_image") is not None:
-        small["mm_tokens_per_image"] = 4
+    for key, value in (("vocab_size", VOCABULARY), ("hidden_size", width), ("mm_tokens_per_image", 4)):
+        _put(small, (key,), value)
     return small
 
 

@@ -92,13 +92,13 @@ def _picture(config: Any) -> tuple[int, Mapping[str, Tensor]]:
         return count, {"pixel_values": pixels, "image_grid_thw": torch.tensor([GRID])}
     size, patch = (_side(getattr(vision, key, None)) for key in ("image_size", "patch_size"))
     patches = (size // patch) ** 2
-    pixels = {"pixel_values": torch.randn(1, 3, size, size)}
+    square = {"pixel_values": torch.randn(1, 3, size, size)}
     if hasattr(config, "mm_tokens_per_image"):
-        return config.mm_tokens_per_image, pixels
+        return config.mm_tokens_per_image, square
     if hasattr(config, "downsample_ratio"):
-        return int(patches * config.downsample_ratio**2), pixels
+        return int(patches * config.downsample_ratio**2), square
     if config.model_type == "llava":
-        return patches + (config.vision_feature_select_strategy == "full"), pixels
+        return patches + (config.vision_feature_select_strategy == "full"), square
     raise CapabilityError(f"how many tokens a picture becomes is not known for {config.model_type!r}")
 
 

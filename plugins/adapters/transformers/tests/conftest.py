@@ -68,11 +68,10 @@ PROCESSOR: Mapping[str, Mapping[str, Any]] = {
 
 def write_processor(path: Path, model_type: str) -> None:
     """The files with which a publisher describes how pictures become inputs."""
-    family = model_type.partition("_")[0].rstrip("23")
-    family = family if family == "qwen" else model_type
-    (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR[family]), encoding="utf-8")
-    if family in PROCESSOR:
-        (path / "processor_config.json").write_text(json.dumps(PROCESSOR[family]), encoding="utf-8")
+    family = "qwen" if model_type.startswith("qwen") else model_type
+    for name, settings in (("preprocessor_config.json", PREPROCESSOR), ("processor_config.json", PROCESSOR)):
+        if family in settings:
+            (path / name).write_text(json.dumps(settings[family]), encoding="utf-8")
     template = TEMPLATE.replace("PICTURE", PICTURES.get(model_type, "<begin><image><end>"))
     (path / "chat_template.jinja").write_text(template, encoding="utf-8")
 
@@ -84,7 +83,7 @@ def write_checkpoint(
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 
     torch.manual_seed(0)
-    auto_class = AutoModelForMultimodalLM if "vision_config" in settings else AutoModelForCausalLM
+    auto_class = AutoModelForMultimodalLM if "text_config" in settings else AutoModelForCausalLM
     model = auto_class.from_config(CONFIG_MAPPING[model_type](**settings), dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     for tensor in model.state_dict().values():
@@ -146,9 +145,9 @@ def stored(
         if key not in written:
             path = tmp_path_factory.mktemp(model_type)
             write_checkpoint(path, model_type, settings, dtype, shard_size)
-            sees = "vision_config" in settings
-            shutil.copytree(vision_tokenizer_files if sees else tokenizer_files, path, dirs_exist_ok=True)
-            if sees:
+            tokenizer = vision_tokenizer_files if "text_config" in settings else tokenizer_files
+            shutil.copytree(tokenizer, path, dirs_exist_ok=True)
+            if "vision_config" in settings:
                 write_processor(path, model_type)
             written[key] = path
         return written[key]
