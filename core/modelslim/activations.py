@@ -73,10 +73,14 @@ class Boundary:
             What the forward returned.
 
         Raises:
-            ModelError: another unit follows.
+            ModelError: another unit follows, or the forward ended before.
         """
         request = self._requests[index]
-        assert request is not None and request.name == unit
+        if request is None or request.name != unit:
+            raise ModelError(
+                f"the forward ends before {unit}, the last unit of the visit",
+                hint="generate_model_visit of the adapter must yield no unit that the forward does not call",
+            )
         self._requests[index] = None
         try:
             while True:

@@ -2,7 +2,7 @@
 """Public names for the authors of plugins: the only module of the core that a plugin imports."""
 
 from modelslim.algorithm import Algorithm, Entry, Pattern, Processor, Unit
-from modelslim.checkpoint import StoredTensor
+from modelslim.checkpoint import Checkpoint, StoredTensor
 from modelslim.devices import one_thread
 from modelslim.driver import drive
 from modelslim.errors import (
@@ -41,6 +41,7 @@ __all__ = [
     "WHOLE",
     "Algorithm",
     "CapabilityError",
+    "Checkpoint",
     "DatasetError",
     "DecodedTensor",
     "Entry",

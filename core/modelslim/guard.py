@@ -128,10 +128,12 @@ class Guard:
         if failure is not None and not is_own and not recording.entered:
             # Not the adapter's own inputs: they may lack what its handle_dataset would give.
             return [f"the forward of the adapter {self._name!r} is not proven: {_line(failure)}; {PROOF}"]
-        difference = first_difference(recording, expected.recording, failure is None)
+        difference = None
+        if recording.entered:
+            difference = first_difference(recording, expected.recording, failure is None)
         if difference is None and failure is not None:
-            place = f"in {recording.entered}" if recording.entered else "before the first unit"
-            difference = f"it fails {place} with {_line(failure)}"
+            place = f"{'in' if recording.is_inside else 'behind'} {recording.entered}"
+            difference = f"it fails {place if recording.entered else 'before the first unit'}: {_line(failure)}"
         if difference is None:
             difference = _difference_of_ends(outputs, expected.outputs)
         if difference is not None:

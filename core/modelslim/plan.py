@@ -146,6 +146,7 @@ def make_plan(
     specs = {linear: spec for step in steps for linear, spec in step.specs.items()}
     planned = PlannedModel(checkpoint.config, info.dtype, info.linears, specs, frozenset(checkpoint.tensors))
     checks.saver(saver, planned, protocol.save[0].path, steps)
+    checks.shared(steps, loader.sources)
     calibrate = needs_calibration(steps, info, model)
     checks.hooks(steps, session, calibrate)
     dataset = _find_dataset(protocol, checks, registry, config_path.parent, calibrate)

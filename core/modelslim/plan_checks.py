@@ -18,7 +18,7 @@ from modelslim.protocol.model import Protocol
 from modelslim.registry import Registry
 from modelslim.saver import PlannedModel, Saver
 from modelslim.session import Session
-from modelslim.types import Problem, QuantSpec
+from modelslim.types import Problem, QuantSpec, WeightSource
 
 Place = tuple[str | int, ...]
 
@@ -123,6 +123,29 @@ class Checks:
             )
         for problem in saver.check(model):
             self._add(problem, path, origin)
+
+    def shared(self, steps: Sequence[Step], sources: Mapping[str, WeightSource]) -> None:
+        """Refuse to quantize a part of a stored tensor whose other parts would then be lost."""
+        parts: dict[str, list[str]] = {}
+        for parameter, source in sources.items():
+            for key in source.keys:
+                parts.setdefault(key, []).append(parameter)
+        quantized = {
+            f"{self._info.linears[linear].module}.{parameter}": step.path
+            for step in steps
+            for linear in step.specs
+            for parameter in ("weight", "bias")
+        }
+        for key, parameters in parts.items():
+            chosen = [parameter for parameter in parameters if parameter in quantized]
+            left = [parameter for parameter in parameters if parameter not in quantized]
+            if chosen and left:
+                self.refuse(
+                    quantized[chosen[0]],
+                    f"quantizes {chosen[0]} and not {left[0]}, which are parts of the stored tensor {key}",
+                    "include or exclude all parts of a stored tensor together",
+                )
+                return
 
     def _unfold(self, entries: Iterable[Entry], registry: Registry) -> Iterable[Entry]:
         for path, config in entries:

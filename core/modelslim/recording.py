@@ -38,6 +38,9 @@ class Recording:
     def __init__(self, model: nn.Module, units: Sequence[str]) -> None:
         self.calls: dict[str, list[Call]] = {unit: [] for unit in units}
         self.entered = ""
+        """The unit that was called last."""
+        self.is_inside = False
+        """True while that unit computes, and when it failed."""
         for unit in units:
             module: Any = model.get_submodule(unit)
             # In place of the method, which the engine calls without the module's hooks.
@@ -47,9 +50,10 @@ class Recording:
         signature = inspect.signature(forward)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.entered = unit
+            self.entered, self.is_inside = unit, True
             given = {name: _copies(value) for name, value in _named(signature, args, kwargs).items()}
             output = forward(*args, **kwargs)
+            self.is_inside = False
             self.calls[unit].append(Call(given, _copies(output)))
             return output
 
@@ -66,17 +70,16 @@ def first_difference(actual: Recording, expected: Recording, is_whole: bool) -> 
     """
     for unit, wanted in expected.calls.items():
         calls = actual.calls.get(unit, [])
-        if not is_whole and unit == actual.entered:
-            wanted = wanted[: len(calls)]
+        is_last = not is_whole and unit == actual.entered
+        if len(calls) != len(wanted) and not is_last:
+            return f"the unit {unit} is called {len(calls)} times, and {len(wanted)} times by the model's own forward"
         for mine, own in zip(calls, wanted, strict=False):
             if what := same_tensors(mine.gave, own.gave):
                 others = [name for name in own.given if same_tensors(mine.given.get(name, ()), own.given[name])]
                 others += [name for name in mine.given if mine.given[name] and name not in own.given]
                 causes = f"; of its arguments, {', '.join(others)} differ" if others else ""
                 return f"the first unit that differs is {unit}: {what}{causes}"
-        if len(calls) != len(wanted):
-            return f"the unit {unit} is called {len(calls)} times, and {len(wanted)} times by the model's own forward"
-        if not is_whole and unit == actual.entered:
+        if is_last:
             return None
     return None
 

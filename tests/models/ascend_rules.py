@@ -248,7 +248,7 @@ def _layout(
     if type_ == "W4A16":
         return {
             "weight_packed": ("I32", (rows, columns // 8)),
-            "weight_scale": ("BF16", (rows, columns // group_size)),
+            "weight_scale": ("BF16", (rows, columns // (group_size or columns))),
             "weight_shape": ("I32", (2,)),
         }
     scales: dict[str, tuple[str, tuple[int, ...]]] = {

@@ -67,15 +67,16 @@ class FamilyRun:
     def __init__(self, name: str, path: Path, samples: Path) -> None:
         self.name = name
         self.family = FAMILIES[name]
+        path.mkdir()
         self._path = path
-        self._samples = samples
+        self.samples = samples
         self._cells: dict[str, Cell] = {}
 
     @cached_property
     def checkpoint(self) -> Path:
         """Directory of the float checkpoint."""
         path = self._path / "float"
-        path.mkdir(parents=True)
+        path.mkdir()
         write_family(self.name, path)
         return path
 
@@ -129,12 +130,12 @@ class FamilyRun:
 
     def _read_samples(self) -> Sequence[Any]:
         if self.family.sees:
-            return read_vlm_samples(self._samples / "images", "describe")[0]
-        return read_samples(self._samples / "texts.jsonl")
+            return read_vlm_samples(self.samples / "images", "describe")[0]
+        return read_samples(self.samples / "texts.jsonl")
 
     def _quantize(self, scheme: str) -> Cell:
         protocol, result = self._path / f"{scheme}.yaml", self._path / scheme
-        write_protocol(protocol, self.family, scheme, self._samples)
+        write_protocol(protocol, self.family, scheme, self.samples)
         try:
             report = quantize(self.checkpoint, result, protocol, device="cpu")
         except ModelSlimError as error:
@@ -165,7 +166,7 @@ class FamilyRun:
         decoded = self._path / "decoded"
         shutil.copytree(self.checkpoint, decoded, dirs_exist_ok=True)
         weights = {
-            name: torch.from_numpy(np.ascontiguousarray(data)).to(_TORCH[self.source[name].dtype])
+            name: torch.from_numpy(np.array(data)).to(_TORCH[self.source[name].dtype])
             for name, data in dequantized(output, self.source, self.name).items()
         }
         save_file(weights, decoded / "model.safetensors", metadata={"format": "pt"})

@@ -201,13 +201,13 @@ def check_result(checkpoint: Path, result: Path) -> None:
     for name, (low, high) in inputs.items():
         weight = source[f"{name}.weight"]
         scale = np.abs(weight).max(1, keepdims=True).astype(np.float32) / np.float32(127)
-        np.testing.assert_allclose(written[f"{name}.weight_scale"].reshape(-1, 1), scale, rtol=1e-6)
-        exact = weight / written[f"{name}.weight_scale"].reshape(-1, 1)
         # Half a step and what float32 loses near it.
-        assert np.abs(written[f"{name}.weight"] - exact).max() <= 0.5 + 1e-4
+        assert np.abs(written[f"{name}.weight"] - weight / scale).max() <= 0.5 + 1e-4
         assert written[f"{name}.weight"].dtype == np.int8
         step = (max(high, 0.0) - min(low, 0.0)) / 255
         np.testing.assert_allclose(written[f"{name}.input_scale"], step, rtol=1e-4)
+        product = written[f"{name}.deq_scale"].astype(np.uint32).view(np.float32)  # the engine reads it as integers
+        np.testing.assert_allclose(product, scale.reshape(-1) * written[f"{name}.input_scale"], rtol=1e-6)
         offset = -128 - min(low, 0.0) / step
         assert abs(written[f"{name}.input_offset"].astype(np.float64) - offset).max() <= 0.51
     quantized = {f"{name}.weight" for name in inputs}

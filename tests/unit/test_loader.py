@@ -287,6 +287,22 @@ def test_what_was_filled_on_demand_can_be_emptied_and_is_filled_again(tiny_llama
         assert model.lm_head.weight.is_meta
 
 
+def test_what_a_module_around_a_unit_holds_stays_while_its_forward_waits_at_the_unit(tmp_path: Path) -> None:
+    """Such as a row that a vision model puts between the features of its tower."""
+    model, loader = tiny(tmp_path, WHOLE)
+    loader.fill_on_demand(["a"])
+    loader.install(loader.read(loader.names("a")))
+    model.a.register_forward_pre_hook(lambda *_: loader.release_filled())
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    with torch.no_grad():
+        y = model(x)
+    hidden = x @ WHOLE["a.weight"].T + WHOLE["a.bias"]
+    assert torch.equal(y, hidden @ WHOLE["ab.weight"].T + WHOLE["count"])
+    assert not loader.is_empty("count")
+    loader.release_filled()
+    assert loader.is_empty("ab.weight")
+
+
 def record_reads(loader: Loader) -> list[Sequence[str]]:
     """Every later ``loader.read`` notes here what it was asked for."""
     reads: list[Sequence[str]] = []

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from modelslim.api import ProcessRequest, WeightSource, hookimpl
 from msmodelslim.bridge.forward import mend_rope_index, run_forward
 from msmodelslim.bridge.loading import Promises, load
+from msmodelslim.bridge.processors import processors_without_torchvision
 from msmodelslim.core.const import DeviceType
 
 _promises: WeakKeyDictionary[nn.Module, Promises] = WeakKeyDictionary()
@@ -50,7 +51,8 @@ def get_weight_sources(self: Any, model: nn.Module) -> Mapping[str, WeightSource
 
 def handle_dataset(self: Any, dataset: Sequence[Any], device: str) -> list[Any]:
     """The adapter's inputs, moved to the device of the run."""
-    inputs = self.handle_dataset(list(dataset), DeviceType.CPU)
+    with processors_without_torchvision(self):
+        inputs = self.handle_dataset(list(dataset), DeviceType.CPU)
     moved: list[Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
     return moved
 

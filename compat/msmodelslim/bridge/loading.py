@@ -99,11 +99,8 @@ class Promises:
     def sources(self, model: nn.Module) -> dict[str, WeightSource]:
         """By name of the parameter or persistent buffer; those that nothing was loaded into are left out."""
         fused = self.stored.fused_experts(model)
-        found = {
-            name: self.recorder.source(tensor)
-            for name, tensor in model.state_dict(keep_vars=True).items()
-            if name not in fused
-        }
+        own = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+        found = {name: self.recorder.source(tensor) for name, tensor in own.values() if name not in fused}
         named = {
             name: source if source.convert is None else replace(source, name=self._stored_name(name))
             for name, source in found.items()

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from modelslim.api import ModelError
 from modelslim.checkpoint import Checkpoint
-from modelslim.guard import Guard
-from modelslim.registry import Registry
 from modelslim.session import Session
 from modelslim.testing.adapter import AdapterContract, OpenModel
 from modelslim_deepseek.adapter import DeepSeekAdapter, DeepSeekV32Adapter
@@ -194,16 +192,7 @@ def test_mtp_layers_run_behind_the_main_model(stored: Stored) -> None:
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_guard_proves_the_forward_with_its_mtp_layers(case: tuple[str, int, bool], stored: Stored) -> None:
-    path = stored(*case)
-    session = Session(adapter_of(path))
-    with Checkpoint(path) as checkpoint:
-        model = session.init_model("meta")
-        assert Guard("adapters", case[0], False, Registry.scan()).check(session, model, checkpoint) == []
-
-
-def test_tiny_model_of_the_guard_has_mtp_layers(stored: Stored, tmp_path: Path) -> None:
+def test_tiny_model_that_proves_the_forward_has_mtp_layers(stored: Stored, tmp_path: Path) -> None:
     session = Session(adapter_of(stored("deepseek_v3", 2, True)))
     session.make_tiny_checkpoint(session.init_model("meta"), tmp_path)
     assert [request.name for request in opened_whole(tmp_path).visit] == [f"model.layers.{index}" for index in range(4)]

@@ -83,6 +83,8 @@ def test_static_attention_and_dynamic_experts(
         parts = [f"mlp.experts.{expert}.{part}_proj" for expert in range(4) for part in ("gate", "up", "down")]
         names = {f"{prefix}.layers.{layer}.{part}.weight" for part in (*parts, "self_attn.o_proj")}
         assert names & quantized == (names if layer < 3 or built else set())
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert not [warning for warning in report["warnings"] if "proven" in warning]  # the plan did prove the forward
     description = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
     assert result.keys() <= description.keys()
     for name in ("eh_proj", "enorm", "shared_head.head", "embed_tokens", "mlp.gate"):
@@ -106,3 +108,26 @@ def test_shipped_practice_is_accepted_and_quantizes_all_the_engine_can(
     kept = ("eh_proj.weight", "head.weight", "tokens.weight", "mlp.gate.weight")
     quantized = {name for name, tensor in result.items() if tensor.dtype == torch.int8}
     assert quantized == {name for name in matrices if not name.endswith(kept)}
+
+
+# The processor hands torch tensors to numpy, which torch does not yet do as numpy 2 wants it.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_pictures_calibrate_the_vision_tower_and_the_language_layers(
+    stored: Stored, pictures: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = [
+        quantizer("per_tensor", include=["model.visual.blocks*", "*self_attn*"], exclude=[]),
+        quantizer("per_token", include=["*mlp.experts*"], exclude=[]),
+    ]
+    dataset, default_text = str(pictures[0].parent), "describe this picture"
+    spec = {"process": process, "save": [{"type": "ascendv1_saver"}], "dataset": dataset, "default_text": default_text}
+    protocol = tmp_path / "protocol.yaml"
+    protocol.write_text(json.dumps({"apiversion": "multimodal_vlm_modelslim_v1", "spec": spec}))
+    words = ["--model_path", stored("glm4v_moe", 0), "--save_path", tmp_path / "out", "--config_path", protocol]
+    assert main(["quant", "--device", "cpu", *map(str, words)]) == 0, capsys.readouterr().err
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    scales = {name: tensor for name, tensor in load_file(file).items() if name.endswith("input_scale")}
+    units = {".".join(name.split(".")[:4]) for name in scales}
+    towers = {f"model.visual.blocks.{index}" for index in range(2)}
+    assert units == towers | {f"model.language_model.layers.{index}" for index in range(3)}
+    assert all(torch.isfinite(tensor).all() and (tensor > 0).all() for tensor in scales.values())

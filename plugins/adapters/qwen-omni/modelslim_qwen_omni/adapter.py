@@ -26,7 +26,14 @@ class QwenOmniAdapter(TransformersAdapter):
     @cached_property
     def config(self) -> Any:
         """The thinker's configuration, with what config.json says once for the whole model."""
-        whole = super().config
+        from transformers.utils import logging
+
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it finds fault with token ids of the talker, which is not built
+        try:
+            whole = super().config
+        finally:
+            logging.set_verbosity(verbosity)
         thinker = getattr(whole, "thinker_config", whole)
         for name in ("dtype", "quantization_config"):
             if getattr(thinker, name, None) is None and getattr(whole, name, None) is not None:

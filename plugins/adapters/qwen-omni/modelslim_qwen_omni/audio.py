@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Audio files as waveforms of one channel: PCM in .wav without any library, other kinds as transformers decodes them."""
+"""Audio files as waveforms of one channel: PCM in .wav by numpy, other kinds as transformers decodes them."""
 
 from __future__ import annotations
 

@@ -201,8 +201,32 @@ def test_dtype_is_the_thinkers_own_then_that_of_the_whole_model(model_type: str,
 
 def test_quantized_checkpoint_is_refused(model_type: str, copied: Path) -> None:
     edit(copied, lambda config: config.update(quantization_config={"quant_method": "gptq", "bits": 4}))
-    with pytest.raises(ModelError, match="quantized already .*gptq"):
+    with pytest.raises(ModelError, match=r"quantized already .*gptq"):
         QwenOmniAdapter(model_type, copied).init_model("meta")
+
+
+def test_nobody_is_warned_of_the_talker(stored: Stored, caplog: pytest.LogCaptureFixture) -> None:
+    """Published talkers have token ids beyond their vocabulary, at which transformers wonders once a process."""
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    def warnings_of(read: Callable[[], Any]) -> list[str]:
+        caplog.clear()
+        logging.warning_once.cache_clear()
+        read()
+        return [record.message for record in caplog.records]
+
+    path = stored("qwen2_5_omni")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    logging.enable_propagation()
+    try:
+        assert "tts_text_start_token_id" in warnings_of(lambda: AutoConfig.from_pretrained(path))[0]
+        assert warnings_of(lambda: QwenOmniAdapter("qwen2_5_omni", path).config) == []
+        assert logging.get_verbosity() == logging.WARNING
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.disable_propagation()
 
 
 def test_checkpoint_of_the_thinker_alone_is_served(model_type: str, stored: Stored, tmp_path: Path) -> None:

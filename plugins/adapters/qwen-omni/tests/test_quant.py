@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from modelslim.cli.main import main
+from modelslim.registry import Registry
 
 Stored = Callable[[str], Path]
 STATIC = {"input_scale", "input_offset", "quant_bias", "deq_scale"}
@@ -122,9 +124,12 @@ def test_every_tensor_is_accounted_for_and_all_that_is_no_thinker_is_copied(run:
     assert len({name.partition(".")[0] for name in others}) == 2
     changed = quantized(result)
     for name, tensor in original.items():
-        if name.removesuffix(".weight") not in changed:
+        module, _, kind = name.rpartition(".")
+        if module not in changed:
             assert (name, result[name].dtype) == (name, tensor.dtype)
             assert torch.equal(result[name], tensor), name
+        elif kind == "bias":  # the format has those of quantized linears in float32
+            assert torch.equal(result[name], tensor.float()), name
     added = {name.rpartition(".")[0] for name in result.keys() - original.keys()}
     assert added == changed
     description = json.loads((out / "quant_model_description.json").read_text())
@@ -141,6 +146,19 @@ def test_files_beside_the_weights_come_along(run: tuple[str, Path, Path]) -> Non
     names |= {"spk_dict.pt"} if model_type == "qwen2_5_omni" else set()
     for name in names:
         assert (name, digest(out / name)) == (name, digest(source / name))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_shipped_practice_quantizes_every_linear_of_the_language_layers(
+    model_type: str, stored: Stored, tmp_path: Path
+) -> None:
+    source = stored(model_type)
+    practice = files(Registry.scan().load("practices", "qwen-omni")) / f"{model_type}_w8a8_dynamic.yaml"
+    words = ["--model_path", source, "--save_path", tmp_path / "out", "--config_path", practice]
+    assert main(["quant", "--device", "cpu", *map(str, words)]) == 0
+    linears = re.compile(r"thinker\.model\.layers\.\d\.(self_attn|mlp|mlp\.experts\.\d)\.(\w+_proj)\.weight")
+    expected = {name.removesuffix(".weight") for name in tensors_of(source) if linears.fullmatch(name)}
+    assert quantized(tensors_of(tmp_path / "out")) == expected
 
 
 def digest(file: Path) -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelslim.api import hookimpl
+from modelslim.api import Checkpoint, hookimpl
 from modelslim_transformers.adapter import TransformersAdapter
 from modelslim_transformers.tiny import write_tiny_checkpoint
 
@@ -35,7 +34,8 @@ class MtpAdapter(TransformersAdapter):
         if self.is_multimodal:
             return 0
         # Their norm and not their projection, which goes by other names once it is quantized.
-        return sum(re.fullmatch(r"(.+\.)?layers\.\d+\.enorm\.weight", name) is not None for name in self._names())
+        norms = re.compile(r"(.+\.)?layers\.\d+\.enorm\.weight")
+        return sum(norms.fullmatch(name) is not None for name in Checkpoint(self.model_path).stored)
 
     def build(self) -> nn.Module:
         """The model, which runs its multi-token prediction layers when it is called and gives what it gives without."""
@@ -102,14 +102,6 @@ class MtpAdapter(TransformersAdapter):
 
         mask: Tensor | None = create_causal_mask(model.config.get_text_config(), embeds, None, None, positions)
         return mask
-
-    def _names(self) -> Iterator[str]:
-        """Names of all tensors of the checkpoint."""
-        from safetensors import safe_open
-
-        for file in self.model_path.glob("*.safetensors"):
-            with safe_open(file, "pt") as opened:
-                yield from opened.keys()
 
     def _keep_hidden(self, _decoder: nn.Module, _args: Any, output: Any) -> None:
         self._hidden: Tensor = output.last_hidden_state

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ MOST_PARAMETERS = 50_000_000
 
 
 def write_tiny_checkpoint(
-    source: Path, config: Any, layers: nn.ModuleList, build: Callable[[Path], Any], path: Path
+    source: Path, config: Any, layers: Sequence[nn.Module] | nn.ModuleList, build: Callable[[Path], Any], path: Path
 ) -> list[dict[str, Any]]:
     """Write the checkpoint and make inputs for it.
 
@@ -78,7 +78,7 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def count_layers(layers: nn.ModuleList, config: Any) -> int:
+def count_layers(layers: Sequence[nn.Module] | nn.ModuleList, config: Any) -> int:
     """How many of the first layers hold one of every kind; at least two."""
     listed = listed_by_layer(config.to_dict(), len(layers)).values()
     # Numbers that all differ are indices, not kinds.

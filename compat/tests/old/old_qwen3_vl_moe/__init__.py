@@ -1,0 +1,1 @@
+from .model_adapter import Qwen3VLMoeModelAdapter
