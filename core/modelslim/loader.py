@@ -111,9 +111,11 @@ class Loader:
                         "where a float weight is wanted"
                     )
                 elif stored.shape != tuple(meta.shape):
+                    is_turned = stored.shape == tuple(meta.transpose(-1, -2).shape) if meta.dim() > 1 else False
                     problems.append(
                         f"{stored.file}: {stored.name} has the shape {list(stored.shape)}, "
                         f"config.json asks for {list(meta.shape)}"
+                        + (" (turned: get_weight_sources of the adapter must convert it)" if is_turned else "")
                     )
         return problems
 

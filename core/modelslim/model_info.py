@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
 from torch import nn
 
-from modelslim.errors import ModelError
+from modelslim.errors import ModelError, nearest
 from modelslim.experts import ExpertLinear
 from modelslim.loader import Loader, dtype_name
 from modelslim.types import LinearInfo, ProcessRequest
@@ -80,15 +80,16 @@ def describe(model: nn.Module, visit: Sequence[ProcessRequest], loader: Loader) 
     """Find the units and linears of a model on meta.
 
     Raises:
-        ModelError: there is no unit, a unit is visited twice, or units lie inside each other.
+        ModelError: there is no unit, the model has none of its name, it is visited twice, or units lie inside
+            each other.
     """
     units = [request.name for request in visit]
-    _check_units(units)
+    modules = dict(model.named_modules())
+    _check_units(units, modules)
     known = set(units)
     linears: dict[str, LinearInfo] = {}
     kept: dict[str, Kept] = {}
     banks: dict[str, Bank] = {}
-    modules = dict(model.named_modules())
     experts = _numbers_of_experts(modules)
     for name, module in modules.items():
         unit = next((outer for outer in _self_and_parents(name) if outer in known), "")
@@ -174,9 +175,15 @@ def _stored_name(name: str, loader: Loader) -> str | None:
     return stem if all(key.startswith(f"{stem}.weight") for key in source.keys) else None
 
 
-def _check_units(units: Sequence[str]) -> None:
+def _check_units(units: Sequence[str], modules: Collection[str]) -> None:
     if not units:
         raise ModelError("the adapter visits no unit", hint="generate_model_visit must yield the model's layers")
+    unknown = next((unit for unit in units if unit not in modules), None)
+    if unknown is not None:
+        raise ModelError(
+            f"the adapter visits {unknown}, and the model has no module of that name",
+            hint=nearest(unknown, modules) or "a unit is called as model.get_submodule finds it",
+        )
     if len(set(units)) != len(units):
         twice = next(unit for unit in units if units.count(unit) > 1)
         raise ModelError(f"the adapter visits {twice} twice", hint="a unit is quantized and written once")

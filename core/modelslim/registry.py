@@ -64,7 +64,7 @@ class Entry:
     """One entry point.
 
     Attributes:
-        kind: a key of ``KINDS``.
+        kind: a key of ``KINDS``; something else in a row that is broken for that reason.
         name: the word used on the command line or in YAML.
         value: where the object is, ``package.module:attribute``.
         distribution: the distribution that offers it.
@@ -308,8 +308,9 @@ def _entries(distribution: metadata.Distribution, name: str, version: str) -> li
         text = line.strip()
         if text.startswith("[") and text.endswith("]"):
             project, _, kind = text[1:-1].strip().partition(".")
-            kind = kind if project == CORE else ""
-        elif text and text[0] not in "#;" and kind in KINDS:
+            # Another group may be one of a later version; a misspelt one must not vanish.
+            kind = kind if project == CORE and (kind in KINDS or _meant(kind)) else ""
+        elif text and text[0] not in "#;" and kind:
             word, _, value = (part.strip() for part in text.partition("="))
             entry = Entry(kind, word, value, name, version)
             flaw = _flaw(entry)
@@ -318,7 +319,9 @@ def _entries(distribution: metadata.Distribution, name: str, version: str) -> li
 
 
 def _flaw(entry: Entry) -> str:
-    """What is malformed about the value of an entry; empty when nothing is."""
+    """What is malformed about an entry; empty when nothing is."""
+    if entry.kind not in KINDS:
+        return f"there is no entry-point group {CORE}.{entry.kind}; {_meant(entry.kind)}"
     match = _OBJECT.fullmatch(entry.value)
     if KINDS[entry.kind].is_package:
         return "" if match and not match["attribute"] else f"{entry.value!r} does not name a package"
@@ -326,6 +329,12 @@ def _flaw(entry: Entry) -> str:
         return f"{entry.value!r} is not of the form package.module:name"
     # A vendor plugin may be a module.
     return "" if match["attribute"] or entry.kind == "plugins" else f"{entry.value!r} lacks the :name of the object"
+
+
+def _meant(kind: str) -> str:
+    """The kind that is meant by a misspelt one, as a question; empty when none comes near."""
+    known = nearest(kind, KINDS)
+    return known if known.startswith("did you mean") else ""
 
 
 def _mismatch(requires: Iterable[str]) -> tuple[Status, str] | None:

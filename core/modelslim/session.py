@@ -21,7 +21,7 @@ from modelslim.errors import CapabilityError, PluginError, nearest
 from modelslim.types import DecodedTensor, ProcessRequest, WeightSource
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from modelslim.checkpoint import StoredTensor
 
@@ -76,8 +76,27 @@ class Session:
         return sorted(hook for hook in hooks if not self.has(hook))
 
     def init_model(self, device: str) -> nn.Module:
-        """The model; see :func:`modelslim.hookspecs.init_model`."""
+        """The model; see :func:`modelslim.hookspecs.init_model`.
+
+        Raises:
+            PluginError: it holds weights although the device is meta, or lacks a buffer that no checkpoint holds
+                although it is not.
+        """
         model: nn.Module = self._demand("init_model", device=device)
+        if device == "meta":
+            loaded = [name for name, tensor in model.state_dict().items() if not tensor.is_meta]
+            if loaded:
+                raise PluginError(
+                    f'init_model("meta") of adapter {self._adapter} gives a model that holds {loaded[0]}',
+                    hint='build it in `with torch.device("meta"):`; the engine reads the weights',
+                )
+            return model
+        empty = [name for name, buffer in _unstored_buffers(model) if buffer.is_meta]
+        if empty:
+            raise PluginError(
+                f"init_model of adapter {self._adapter} leaves the buffer {empty[0]} on meta",
+                hint="no checkpoint holds it (it is not persistent), so init_model must compute it",
+            )
         return model
 
     def handle_dataset(self, dataset: Sequence[Any], device: str) -> list[Any]:
@@ -220,6 +239,15 @@ class Session:
                     f"{place} has a default, and pluggy never fills an argument that has one",
                     hint=f"write {parameter.name!r} without a default",
                 )
+
+
+def _unstored_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that no checkpoint holds, by name."""
+    for prefix, module in model.named_modules():
+        for name in sorted(module._non_persistent_buffers_set):
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 class _Manager(pluggy.PluginManager):

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,17 @@ def test_activation_scales_are_those_of_the_models_own_forward(result: Path) -> 
         assert len(seen) == len(images)
         span = seen[:, 1].max().clamp(min=0) - seen[:, 0].min().clamp(max=0)
         torch.testing.assert_close(saved[f"{name}.input_scale"].double().squeeze(), span / 255, rtol=2**-7, atol=0)
+
+
+def test_shipped_practice_quantizes_every_linear_of_the_language_layers(here: Program, tmp_path: Path) -> None:
+    practice = files(Registry.scan().load("practices", "qwen3-vl")) / "qwen3_vl_moe_w8a8_dynamic.yaml"
+    done = here(
+        "quant", "--device", "cpu", "--model_path", MODEL, "--save_path", tmp_path / "saved", "--config_path", practice
+    )
+    assert done.returncode == 0, done.stderr
+    saved = read_all(tmp_path / "saved")
+    quantized = {name for name, tensor in saved.items() if tensor.dtype == torch.int8}
+    attention = [f"self_attn.{part}_proj" for part in "qkvo"]
+    experts = [f"mlp.experts.{expert}.{part}_proj" for expert in range(EXPERTS) for part in ("gate", "up", "down")]
+    layers = [f"model.language_model.layers.{layer}" for layer in range(LAYERS)]
+    assert quantized == {f"{layer}.{name}.weight" for layer in layers for name in [*attention, *experts]}

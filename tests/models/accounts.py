@@ -29,6 +29,7 @@ STACKS: Mapping[str, Stack] = {
     "gpt_oss": Stack("experts.gate_up_proj", "experts.down_proj", transposed=True, interleaved=True),
     "qwen3_vl_moe": Stack("experts.gate_up_proj", "experts.down_proj", transposed=True, interleaved=False),
     "granitemoe": Stack("input_linear.weight", "output_linear.weight", transposed=False, interleaved=False),
+    "granitemoehybrid": Stack("input_linear.weight", "output_linear.weight", transposed=False, interleaved=False),
 }
 """All other families store one tensor per expert and linear."""
 

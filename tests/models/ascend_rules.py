@@ -29,7 +29,18 @@ FUSED = (
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
 )
-ROW_PARALLEL = {"down_proj", "o_proj", "w2", "out_proj", "dense", "proj", "c_proj", "fc2", "linear_fc2"}
+ROW_PARALLEL = {
+    "down_proj",
+    "o_proj",
+    "w2",
+    "out_proj",
+    "dense",
+    "dense_4h_to_h",
+    "proj",
+    "c_proj",
+    "fc2",
+    "linear_fc2",
+}
 EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(\w+)")
 
 
@@ -234,9 +245,7 @@ def _linear(output: Output, name: str, type_: str, linear: Linear) -> Iterator[s
         yield f"{name}: {(error > limit).sum()} weights are further from the source than half a step"
 
 
-def _layout(
-    name: str, type_: str, rows: int, columns: int, group_size: int
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _layout(name: str, type_: str, rows: int, columns: int, group_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     if type_ == "W8A8":
         return {
             "weight": ("I8", (rows, columns)),

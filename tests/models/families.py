@@ -7,7 +7,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,7 +57,7 @@ LATENT = {
     "v_head_dim": 24,
 }
 WIDE = {"head_dim": 24}
-ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 MARKS = {"image_token_id": 40, "video_token_id": 41, "vision_start_token_id": 42, "vision_end_token_id": 43}
 QWEN_VISION = {
     "depth": 3,
@@ -124,29 +124,87 @@ FAMILIES: Mapping[str, Family] = {
     "exaone4": Family(SLIDING),
     "hunyuan_v1_dense": Family(WIDE),
     "starcoder2": Family({}),
+    "olmo3": Family(SLIDING),
+    "seed_oss": Family(WIDE),
+    "opt": Family({"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "bloom": Family({"n_layer": 2, "n_head": 4}),
+    "gpt_neox": Family({}),
+    "gpt2": Family({"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 96}),
+    "falcon": Family({"num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": 96}),
+    "mamba": Family({"state_size": 8}, ["*.dt_proj"]),
     "qwen3_5_text": Family({**HYBRID, **WIDE}, ["*.in_proj_a", "*.in_proj_b"]),
     "qwen2_moe": Family({**EXPERTS, **SHARED, "decoder_sparse_step": 2}, ["*.shared_expert_gate"], ROUTED),
     "qwen3_moe": Family({**EXPERTS, **WIDE, "mlp_only_layers": [0]}, experts=ROUTED),
     "mixtral": Family({"num_local_experts": 4}, experts=ROUTED),
     "olmoe": Family({**EXPERTS}, experts=ROUTED),
-    "phimoe": Family({"num_local_experts": 4}, ["*.router"], ROUTED),
+    "phimoe": Family({"num_local_experts": 4}, experts=ROUTED),
     "granitemoe": Family({"num_local_experts": 4}, experts=ROUTED),
     "gpt_oss": Family({**SLIDING, **WIDE, "num_local_experts": 4, "num_experts_per_tok": 2}, experts=ROUTED),
     "qwen3_next": Family({**EXPERTS, **HYBRID, **SHARED, **WIDE}, ["*.shared_expert_gate"], ROUTED),
+    "qwen3_5_moe_text": Family(
+        {**EXPERTS, **HYBRID, **SHARED, **WIDE}, ["*.in_proj_a", "*.in_proj_b", "*.shared_expert_gate"], ROUTED
+    ),
+    "minimax": Family({"layer_types": HYBRID["layer_types"], "num_local_experts": 4, **WIDE}, experts=ROUTED),
+    "minimax_m2": Family({"num_local_experts": 4, "num_experts_per_tok": 2, **WIDE}, experts=ROUTED),
+    "lfm2_moe": Family({**EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}, experts=ROUTED),
+    "granitemoehybrid": Family(
+        {
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 96,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+        },
+        experts=ROUTED,
+    ),
+    "llama4_text": Family(
+        {
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 96,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layers": [1, 0],
+            **WIDE,
+        }
+    ),
+    "jetmoe": Family({"num_local_experts": 4, "kv_channels": 16}),
+    "deepseek_v2": Family({**GROUPS, **LATENT, "topk_method": "group_limited_greedy"}, ["*.kv_b_proj"], ROUTED),
     "deepseek_v3": Family({**GROUPS, **LATENT}, ["*.kv_b_proj"], ROUTED),
+    "deepseek_v32": Family(
+        {**GROUPS, **LATENT, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 16},
+        ["*.kv_b_proj", "*.weights_proj"],
+        ROUTED,
+    ),
     "glm4_moe": Family({**GROUPS, **WIDE}, experts=ROUTED),
+    "glm4_moe_lite": Family({**GROUPS, **LATENT}, ["*.kv_b_proj"], ROUTED),
     "ernie4_5_moe": Family({"moe_intermediate_size": 96, "moe_num_experts": 4, "moe_k": 2, **WIDE}, experts=ROUTED),
-    "hunyuan_v1_moe": Family({"num_experts": 4, "moe_topk": 2, **WIDE}, ["*.gate.wg"], ROUTED),
+    "hunyuan_v1_moe": Family({"num_experts": 4, "moe_topk": 2, **WIDE}, experts=ROUTED),
+    "qwen2_vl": Family(
+        {
+            "text_config": {"rope_parameters": ROTARY},
+            "vision_config": {
+                "depth": 2,
+                "embed_dim": 32,
+                "hidden_size": 64,
+                "num_heads": 2,
+                "patch_size": 4,
+                "mlp_ratio": 3,
+            },
+            **MARKS,
+        }
+    ),
     "qwen2_5_vl": Family(
         {
-            "text_config": {"rope_parameters": {**ROTARY, "mrope_section": [4, 2, 2]}},
+            "text_config": {"rope_parameters": ROTARY},
             "vision_config": {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
             **MARKS,
         }
     ),
     "qwen3_vl": Family(
         {
-            "text_config": {"head_dim": 16, "rope_parameters": {**ROTARY, "mrope_section": [4, 2, 2]}},
+            "text_config": {"head_dim": 16, "rope_parameters": ROTARY},
             "vision_config": DEEPSTACK,
             **MARKS,
         }
@@ -155,7 +213,7 @@ FAMILIES: Mapping[str, Family] = {
         {
             "text_config": {
                 "head_dim": 16,
-                "rope_parameters": {**ROTARY, "mrope_section": [4, 2, 2]},
+                "rope_parameters": ROTARY,
                 "mlp_only_layers": [0],
                 **EXPERTS,
             },

@@ -42,7 +42,9 @@ def outputs(run: FamilyRun, tmp_path_factory: pytest.TempPathFactory) -> Outputs
 def change(output: Output, name: str, value: object, dtype: str = "") -> None:
     """Put other values into a tensor."""
     old = output.tensors[name]
-    output.tensors[name] = Stored(dtype or old.dtype, np.broadcast_to(np.asarray(value, old.data.dtype), old.data.shape))
+    output.tensors[name] = Stored(
+        dtype or old.dtype, np.broadcast_to(np.asarray(value, old.data.dtype), old.data.shape)
+    )
 
 
 def drop(output: Output, name: str) -> None:
@@ -53,7 +55,11 @@ def drop(output: Output, name: str) -> None:
 
 FAULTS: dict[str, tuple[str, Callable[[Output], object], str]] = {
     "tensor without a type": ("W8A8", lambda o: o.description.pop(f"{QUERY}.deq_scale"), "stored and not described"),
-    "type without a tensor": ("W8A8", lambda o: o.description.update({"a.weight": "FLOAT"}), "described and not stored"),
+    "type without a tensor": (
+        "W8A8",
+        lambda o: o.description.update({"a.weight": "FLOAT"}),
+        "described and not stored",
+    ),
     "no entry for a linear": ("W8A8", lambda o: o.description.pop(f"{QUERY}.weight"), "the type ''"),
     "unknown type": ("W8A8", lambda o: o.description.update({f"{QUERY}.weight": "W8A9"}), "the type 'W8A9'"),
     "scale lost": ("W8A8", lambda o: drop(o, f"{GATE}.weight_scale"), "where W8A8_DYNAMIC has"),

@@ -19,6 +19,7 @@ from modelslim.api import (
     Algorithm,
     LinearInfo,
     ModelError,
+    PluginError,
     PlannedModel,
     Problem,
     ProcessRequest,
@@ -215,7 +216,7 @@ def test_hand_written_adapter_keeps_the_contract(test: str, tiny: Path) -> None:
     ],
 )
 def test_adapter_that_breaks_the_contract_is_noticed(adapter: type, test: str, tiny: Path) -> None:
-    with pytest.raises((AssertionError, ModelError)):
+    with pytest.raises((AssertionError, ModelError, PluginError)):
         run_adapter(adapter(tiny), tiny, test)
 
 

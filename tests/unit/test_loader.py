@@ -191,6 +191,7 @@ def test_check_names_what_is_missing_and_what_has_another_shape(tmp_path: Path) 
     _, loader = tiny(tmp_path, stored)
     shape, missing = loader.check()
     assert "model.safetensors: a.weight has the shape [3, 2], config.json asks for [2, 3]" in shape
+    assert shape.endswith("(turned: get_weight_sources of the adapter must convert it)")
     assert "holds no tensor for ab.weight (did you mean 'AB.weight'?)" in missing
     with pytest.raises(ModelError, match=r"holds no tensor for ab\.weight"):
         loader.read(["ab.weight"])

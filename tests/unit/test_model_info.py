@@ -199,6 +199,16 @@ def test_the_stored_name_is_that_of_the_checkpoint(tmp_path: Path) -> None:
     )  # put together from two: it has no name of its own
 
 
+def test_unit_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = Model()
+    save_file({name: torch.zeros(p.shape) for name, p in model.named_parameters()}, tmp_path / "model.safetensors")
+    visit = [ProcessRequest("layer.0", model.layers[0])]
+    with pytest.raises(ModelError, match=r"visits layer\.0, and the model has no module of that name") as caught:
+        describe(model, visit, Loader(model, Checkpoint(tmp_path), None, "cpu"))
+    assert "'layers.0'" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("units", "message"),
     [

@@ -253,14 +253,17 @@ def test_a_dataset_is_not_asked_for_where_nothing_is_calibrated(tiny_llama: Path
     assert plan.dataset is None and list(plan.samples) == []
 
 
-def test_a_model_that_is_quantized_already_is_refused(tiny_llama: Path, protocol: Protocol, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_a_model_that_is_quantized_already_is_refused(
+    dtype: torch.dtype, stored: str, tiny_llama: Path, protocol: Protocol, tmp_path: Path
+) -> None:
     model = tmp_path / "quantized"
     shutil.copytree(tiny_llama, model)
     tensors = load_file(model / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
-    save_file({**tensors, name: torch.ones(tensors[name].shape, dtype=torch.int8)}, model / "model.safetensors")
+    save_file({**tensors, name: torch.ones(tensors[name].shape).to(dtype)}, model / "model.safetensors")
     (problem,) = refused(model, protocol(HEAD + entry() + SAVE), ModelError)
-    assert f"{name} holds I8 codes" in problem.message
+    assert f"{name} holds {stored} codes" in problem.message
 
 
 @pytest.mark.parametrize("pattern", ["*experts*", "*mlp.experts.*", "*.experts.{0,1,2,3}.{gate,up,down}_proj"])

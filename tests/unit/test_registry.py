@@ -238,6 +238,15 @@ def test_a_malformed_value_is_broken_and_quoted(install: Install, kind: str, val
         registry.load(kind, "bad")
 
 
+def test_misspelt_group_is_a_broken_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_distribution(tmp_path, "acme-group", {"modelslim.adapter": {"acme": "x:Y"}})
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = row(Registry.scan({}), "acme")
+    assert entry.status == "broken"
+    assert entry.reason == "there is no entry-point group modelslim.adapter; did you mean 'adapters'?"
+    assert row(Registry.scan({}).check(), "acme").reason == entry.reason
+
+
 def test_a_line_without_a_value_and_a_group_of_someone_else_harm_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

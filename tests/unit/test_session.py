@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from modelslim import hookspecs
@@ -55,6 +56,35 @@ class Doubling:
     @hookimpl
     def get_rotate_map(self, model: nn.Module, block_size: int) -> list[int]:
         return [block_size]
+
+
+class Loading(Doubling):
+    @hookimpl
+    def init_model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 2))
+
+
+class ForgetsABuffer(Doubling):
+    @hookimpl
+    def init_model(self, device: str) -> nn.Module:
+        model = super().init_model(device)
+        model[0].register_buffer("table", torch.empty(2, device="meta"), persistent=False)
+        return model
+
+
+def test_model_for_the_plan_must_hold_nothing() -> None:
+    message = r"init_model\(\"meta\"\) of adapter Loading gives a model that holds 0\.weight"
+    with pytest.raises(PluginError, match=message) as caught:
+        Session(Loading()).init_model("meta")
+    assert "torch.device" in caught.value.hint
+    assert Session(Loading()).init_model("cpu")[0].out_features == 2  # type: ignore[index]
+
+
+def test_buffer_that_no_checkpoint_holds_must_be_computed() -> None:
+    session = Session(ForgetsABuffer())
+    assert session.init_model("meta")[0].table.is_meta  # type: ignore[index]
+    with pytest.raises(PluginError, match=r"init_model of adapter ForgetsABuffer leaves the buffer 0\.table on meta"):
+        session.init_model("cpu")
 
 
 def test_the_adapter_answers_through_typed_methods() -> None:

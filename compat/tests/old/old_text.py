@@ -1,3 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A text adapter as the existing tool has it: nothing of its own but names."""
+
 from typing import Any, List, Generator
 from torch import nn
 from msmodelslim.core.base.protocol import ProcessRequest

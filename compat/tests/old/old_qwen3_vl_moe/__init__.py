@@ -1,1 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter for the existing tool."""
+
 from .model_adapter import Qwen3VLMoeModelAdapter

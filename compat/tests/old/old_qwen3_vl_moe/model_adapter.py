@@ -1,3 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter of the integration guide, its gaps filled as an engineer of the existing tool would."""
+
 from typing import Any, Generator, List, Tuple
 from unittest.mock import patch
 

@@ -1,3 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The helpers that the integration guide leaves to its reader; weights as transformers 4 held them."""
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN

@@ -158,18 +158,13 @@ def test_replay_of_the_first_layers_arguments_is_refused(model_type: str, unit: 
     assert "on a tiny random model" in caught.value.message
 
 
-def test_replay_into_another_kind_of_layer_is_refused_with_its_error(write: Any) -> None:
-    with pytest.raises(CapabilityError, match=r"in model\.layers\.3: |differs is model\.layers\.3"):
-        guard(Replaying, write("qwen3_next"))
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "qwen3_next"])  # unpadded, both kinds of its layers get no mask
 def test_replay_where_all_layers_take_the_same_is_right(model_type: str, write: Any) -> None:
     assert guard(Replaying, write(model_type)) == []
 
 
 def test_unit_that_is_computed_behind_the_engines_back_is_refused(write: Any) -> None:
-    with pytest.raises(CapabilityError, match=r"model\.layers\.1"):
+    with pytest.raises(CapabilityError, match=r"it fails in model\.layers\.1: "):  # which is not resident then
         guard(Skipping, write("llama"))
 
 
