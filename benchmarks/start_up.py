@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from common import DYNAMIC, run, show, write_protocol
+from common import DYNAMIC, STATIC, run, show, write_protocol
 
 HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 8192, 28672, 128256, 100
 
@@ -52,10 +52,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         model = sparse_model(root / "model")
-        protocol = write_protocol(root / "dynamic.yaml", DYNAMIC)
         show("modelslim --help  (bound 0.3 s)", [run("-m", "modelslim.cli.main", "--help") for _ in range(7)])
-        plan = ("plan", "--device", "cpu", "--model_path", str(model), "--config_path", str(protocol))
-        show("modelslim plan, 100 layers  (bound 5 s)", [run("-m", "modelslim.cli.main", *plan) for _ in range(3)])
+        for name, act in (("data-free", DYNAMIC), ("calibrating, its forward proven", STATIC)):
+            protocol = write_protocol(root / f"{name}.yaml", act)
+            plan = ("plan", "--device", "cpu", "--model_path", str(model), "--config_path", str(protocol))
+            seconds = [run("-m", "modelslim.cli.main", *plan) for _ in range(3)]
+            show(f"modelslim plan, 100 layers, {name}  (bound 5 s)", seconds)
 
 
 if __name__ == "__main__":

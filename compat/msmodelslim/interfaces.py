@@ -129,8 +129,8 @@ class QuaRotInterface(ABC):
         return [], []
 
     @abstractmethod
-    def get_rotate_map(self, block_size: int) -> tuple[list[RotatePair], list[RotatePair]]:
-        """Rotations: before the run, and during it."""
+    def get_rotate_map(self, block_size: int) -> tuple[list[Any], list[Any]]:
+        """Rotations as :class:`RotatePair`: before the run, and during it."""
 
 
 class AdaptRotationInterface(QuaRotInterface):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -45,7 +46,10 @@ def filled(adapter: Any, path: Path) -> Any:
         ("model.vlm_base", "VlmBaseModelAdapter"),
         ("model.common.vlm_base", "VLMBaseModelAdapter"),
         ("model.interface_hub", "ModelSlimPipelineInterfaceV1 IterSmoothInterface FlexSmoothQuantInterface"),
-        ("model.interface_hub", "QuaRotInterface ModelInfoInterface IModel SmoothQuantInterface KVSmoothFusedInterface"),
+        (
+            "model.interface_hub",
+            "QuaRotInterface ModelInfoInterface IModel SmoothQuantInterface KVSmoothFusedInterface",
+        ),
         ("model.interface_hub", "LayerWiseOffloadOptionalInterface AscendV1SaveInterface FA3QuantAdapterInterface"),
         ("utils.logging", "logger_setter get_logger"),
         ("infra.dataset_loader.vlm_dataset_loader", "VlmCalibSample VLMDatasetLoader"),
@@ -131,6 +135,11 @@ def test_inputs_are_collected_with_the_token_types() -> None:
     assert without == {"input_ids": ids}
 
 
+def test_the_configuration_has_its_old_names(vl_model: Path, llama: Path) -> None:
+    for config in (open_vl(vl_model).config.text_config, DefaultModelAdapter("llama", llama).config):
+        assert config.rope_theta == config.rope_parameters["rope_theta"]
+
+
 class AsInstalled:
     """Unstacks the experts in the layout of transformers 5: [experts, out, in]."""
 
@@ -161,8 +170,6 @@ def test_experts_may_be_taken_apart_in_either_layout(vl_model: Path) -> None:
 
 def test_square_experts_are_turned(vl_model: Path, tmp_path: Path) -> None:
     """transformers leaves a stored weight alone whose two sizes are equal; the other weight of the layer tells."""
-    import json
-
     config = json.loads((vl_model / "config.json").read_text(encoding="utf-8"))
     text = config["text_config"]
     width = text["moe_intermediate_size"] = text["hidden_size"]
@@ -171,11 +178,11 @@ def test_square_experts_are_turned(vl_model: Path, tmp_path: Path) -> None:
     for name in tensors:
         if "mlp.experts" in name:
             out = 2 * width if "gate_up" in name else width
-            tensors[name] = torch.randn(text["num_experts"], width, out).bfloat16()
+            tensors[name] = torch.randn(len(tensors[name]), width, out).bfloat16()
     save_file(tensors, tmp_path / "model.safetensors")
     state = filled(open_vl(tmp_path), tmp_path).state_dict()
     prefix = "model.language_model.layers.2.mlp.experts"
-    for expert in range(text["num_experts"]):
+    for expert in range(len(tensors[f"{prefix}.down_proj"])):
         down, gate_up = (tensors[f"{prefix}.{name}"][expert] for name in ("down_proj", "gate_up_proj"))
         assert torch.equal(state[f"{prefix}.{expert}.down_proj.weight"], down.t())
         assert torch.equal(state[f"{prefix}.{expert}.up_proj.weight"], gate_up[:, width:].t())
@@ -204,6 +211,22 @@ def test_files_that_an_adapter_reads_itself_are_read_when_they_are_needed(text_m
     for name, tensor in state.items():
         factor = 2 if name == "model.norm.weight" else 1
         assert torch.equal(tensor, stored[name] * factor)
+
+
+class ScalesExperts(DefaultModelAdapter):
+    def init_model(self, device: DeviceType = DeviceType.NPU) -> nn.Module:
+        model: Any = super().init_model(device)
+        model.model.layers[1].mlp.experts.down_proj.mul_(2)
+        return model  # type: ignore[no-any-return]
+
+
+def test_experts_that_the_adapter_changed_are_left_as_it_left_them(text_model: Callable[..., Path]) -> None:
+    path = text_model("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40)
+    stored = load_file(path / "model.safetensors")
+    state = filled(ScalesExperts("qwen3_moe", path), path).state_dict()
+    for layer, factor in ((0, 1), (1, 2)):
+        experts = [stored[f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"] for expert in range(4)]
+        assert torch.equal(state[f"model.layers.{layer}.mlp.experts.down_proj"], torch.stack(experts) * factor)
 
 
 class LooksIntoWeights(DefaultModelAdapter):
@@ -322,7 +345,7 @@ def test_paths_and_json_are_checked(tmp_path: Path) -> None:
     assert json_safe_load(file) == {"a": [1]}
     assert get_valid_read_path(tmp_path, is_dir=True) == str(tmp_path.resolve())
     for options in ({"is_dir": True}, {"extensions": "txt"}, {"size_max": 3}):
-        with pytest.raises(UsageError, match="a.json"):
+        with pytest.raises(UsageError, match=r"a\.json"):
             get_valid_read_path(file, **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="a key has more than"):
         json_safe_load(file, key_max_len=0)

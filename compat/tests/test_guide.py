@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modelslim.api import VlmCalibSample
+from modelslim.api import VlmCalibSample, hookimpl
 from modelslim.checkpoint import Checkpoint
 from modelslim.cli.main import main
 from modelslim.open_model import OpenModel
+from modelslim.run import quantize
 from modelslim.session import Session
 
 PROTOCOL = Path(__file__).parents[2] / "tests" / "protocol" / "good" / "guide_vlm.yaml"
@@ -79,9 +80,9 @@ def test_every_part_gets_the_scheme_that_the_guide_gives_it(types: Mapping[str, 
 
 
 def test_all_experts_of_all_layers_are_quantized(types: Mapping[str, str], vl_model: Path) -> None:
-    text = json.loads((vl_model / "config.json").read_text(encoding="utf-8"))["text_config"]
+    stacked = [tensor for name, tensor in read(vl_model).items() if name.endswith("experts.down_proj")]
     weights = Counter(name.rpartition(".")[2] for name, kind in types.items() if kind == "W8A8_DYNAMIC")
-    expected = 3 * text["num_experts"] * text["num_hidden_layers"]
+    expected = 3 * sum(map(len, stacked))
     assert weights["weight"] == weights["weight_scale"] == expected > 0
     assert not [name for name in types if "gate_up" in name]
 
@@ -96,7 +97,9 @@ def test_the_experts_codes_are_those_of_the_published_weights(result: Path, vl_m
         slices = {"gate_proj": gate_up[:, :half], "up_proj": gate_up[:, half:], "down_proj": down}
         for name, stored_slice in slices.items():
             weight = stored_slice.t().double()
-            scale = (weight.abs().amax(1, keepdim=True) / 127).float().double()
+            scale = made[f"{stored}.{expert}.{name}.weight_scale"].double()
+            # Rounded to the dtype in which an engine holds it, before the codes are made.
+            torch.testing.assert_close(scale, weight.abs().amax(1, keepdim=True) / 127, rtol=2**-8, atol=0)
             codes = torch.round(weight / scale).clamp(-128, 127).to(torch.int8)
             assert torch.equal(made[f"{stored}.{expert}.{name}.weight"], codes)
 
@@ -179,6 +182,31 @@ def test_the_plan_proves_the_forward(
     done = main(f"plan --model_path {vl_model} --device cpu --model_type Old-VL --config_path {protocol}".split())
     assert done == 0
     assert "not proven" not in capsys.readouterr().err
+
+
+def test_one_unit_is_in_memory_at_a_time(vl_model: Path, images: Path, tmp_path: Path) -> None:
+    class Watch:
+        """Keeps the model of the run, and notes which parameters it holds when a unit is done."""
+
+        def __init__(self) -> None:
+            self.model: nn.Module = nn.Module()
+            self.held: list[set[str]] = []
+
+        @hookimpl(wrapper=True)
+        def init_model(self) -> Generator[None, nn.Module, nn.Module]:
+            self.model = yield
+            return self.model
+
+        @hookimpl
+        def unit_finished(self) -> None:
+            self.held.append({name for name, tensor in self.model.named_parameters() if not tensor.is_meta})
+
+    watch, protocol = Watch(), tmp_path / "protocol.yaml"
+    lines = [line for line in PROTOCOL.read_text(encoding="utf-8").splitlines() if not line.startswith("  dataset:")]
+    protocol.write_text("\n".join([*lines, f"  dataset: {images}"]) + "\n", encoding="utf-8")
+    quantize(vl_model, tmp_path / "result", protocol, device="cpu", model_type="Old-VL", observers=[("watch", watch)])
+    assert len(watch.held) == 5
+    assert watch.held[:-1] == [set()] * 4  # after the last layer the forward's end may stay
 
 
 def test_a_part_of_the_experts_alone_is_refused(

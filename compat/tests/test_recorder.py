@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modelslim.api import WeightSource
+from modelslim.api import PluginError, WeightSource
 from msmodelslim.bridge.recorder import Recorder
 
 STORED = {
@@ -99,6 +99,14 @@ def test_values_need_no_stored_tensor() -> None:
     expected = 1.0 / 10000.0 ** (torch.arange(0, 8, 2).float() / 8)
     assert torch.equal(recorder.compute(frequencies), expected)
     assert torch.equal(recorder.compute(table), torch.outer(torch.tensor([1.0, 2.0]), expected))
+
+
+def test_a_value_that_needs_a_stored_tensor_is_refused() -> None:
+    recorder = Recorder()
+    with torch.no_grad(), recorder, recorder.factories():
+        doubled = recorder.stored(WeightSource(("a",)), STORED["a"]) * 2
+    with pytest.raises(PluginError, match="computed from the stored tensor a"):
+        recorder.compute(doubled)
 
 
 def test_a_tensor_is_rearranged_once_for_all_that_is_cut_out_of_it() -> None:

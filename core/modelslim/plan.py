@@ -152,9 +152,7 @@ def make_plan(
     dataset = _find_dataset(protocol, checks, registry, config_path.parent, calibrate)
     with _together_with(diagnostics):
         samples, remarks = _read(dataset, protocol)
-        unproven = (
-            prove_forward(session, model, checkpoint, kind, name, trust_remote_code, registry) if samples else []
-        )
+        unproven = prove_forward(session, model, checkpoint, kind, name, trust_remote_code, registry) if samples else []
     runner, about_runner = _runner(protocol)
     if diagnostics:
         raise _refusal(config_path, diagnostics)

@@ -19,11 +19,11 @@ class Call:
     """One call of a unit.
 
     Attributes:
-        given: copies of the tensors in each argument, by its name.
+        given: copies of the tensors in each argument, by its name; of a switch or a number, itself.
         gave: copies of the tensors in the output.
     """
 
-    given: Mapping[str, Sequence[Tensor]]
+    given: Mapping[str, Any]
     gave: Sequence[Tensor]
 
 
@@ -51,7 +51,7 @@ class Recording:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.entered, self.is_inside = unit, True
-            given = {name: _copies(value) for name, value in _named(signature, args, kwargs).items()}
+            given = {name: _copy(value) for name, value in _named(signature, args, kwargs).items()}
             output = forward(*args, **kwargs)
             self.is_inside = False
             self.calls[unit].append(Call(given, _copies(output)))
@@ -76,8 +76,8 @@ def first_difference(actual: Recording, expected: Recording, is_whole: bool) -> 
             return f"the unit {unit} is called {len(calls)} times, and {len(wanted)} times by the model's own forward"
         for mine, own in zip(calls, wanted, strict=False):
             if what := same_tensors(mine.gave, own.gave):
-                others = [name for name in own.given if same_tensors(mine.given.get(name, ()), own.given[name])]
-                others += [name for name in mine.given if mine.given[name] and name not in own.given]
+                names = dict.fromkeys((*own.given, *mine.given))
+                others = [name for name in names if _differ(mine.given.get(name), own.given.get(name))]
                 causes = f"; of its arguments, {', '.join(others)} differ" if others else ""
                 return f"the first unit that differs is {unit}: {what}{causes}"
         if is_last:
@@ -100,13 +100,31 @@ def _shown(tensors: Sequence[Tensor]) -> str:
     return " and ".join(f"{one.dtype}{list(one.shape)}".removeprefix("torch.") for one in tensors) or "no tensor"
 
 
+def _differ(mine: Any, own: Any) -> bool:
+    """True when an argument is not the same; None where it was not given or is of no interest."""
+    if isinstance(mine, list) or isinstance(own, list):
+        return bool(same_tensors(*(value if isinstance(value, list) else [] for value in (mine, own))))
+    return bool(mine != own)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    return _copies(value) or None
+
+
 def _copies(value: Any) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors_in(value)]
 
 
 def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments by name, those that the signature collects by the names that they were given."""
-    bound = signature.bind(*args, **kwargs).arguments
+    try:
+        call = signature.bind(*args, **kwargs)
+    except TypeError:  # a decorator may take what the function itself does not; else the call fails
+        return {**{f"argument {number}": value for number, value in enumerate(args, start=1)}, **kwargs}
+    call.apply_defaults()
+    bound = call.arguments
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             bound |= bound.pop(name, {})

@@ -81,7 +81,13 @@ def gemma(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path
 
 @pytest.mark.parametrize("command", ["plan", "quant"])
 def test_wrong_forward_is_refused_when_the_run_calibrates(
-    command: str, program: Program, gemma: Path, installed: Path, protocol: WriteProtocol, w8a8_static: str, tmp_path: Path
+    command: str,
+    program: Program,
+    gemma: Path,
+    installed: Path,
+    protocol: WriteProtocol,
+    w8a8_static: str,
+    tmp_path: Path,
 ) -> None:
     words: list[str | Path] = ["--device", "cpu", "--model_path", gemma, "--config_path", protocol(w8a8_static)]
     words += ["--save_path", tmp_path / "out"] if command == "quant" else []

@@ -90,7 +90,7 @@ def _stacked(
     """Stored name, name, weight, stored name of the bias, and bias of every linear of every stacked expert."""
     stack = STACKS.get(model_type)
     for key, tensor in source.items():
-        if stack is None or not key.endswith((stack.first, stack.second)):
+        if stack is None or tensor.data.ndim < 3 or not key.endswith((stack.first, stack.second)):
             continue
         weights = tensor.data.swapaxes(1, 2) if stack.transposed else tensor.data
         bias_key = f"{key}_bias"

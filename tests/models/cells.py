@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ import numpy as np
 import torch
 from accounts import dequantized, find_unaccounted, linears_of
 from ascend_rules import Linear, Output, Stored, find_problems, find_unsupported, read_output, read_tensors
-from families import FAMILIES, write_family, write_samples
+from checkpoints import write_family, write_samples
+from families import FAMILIES
 from safetensors.torch import save_file
 from schemes import write_protocol
 from torch import Tensor
@@ -83,7 +83,7 @@ class FamilyRun:
     @cached_property
     def source(self) -> dict[str, Stored]:
         """Its tensors."""
-        return read_tensors(self.checkpoint / "model.safetensors")
+        return {name: one for file in self.checkpoint.glob("*.safetensors") for name, one in read_tensors(file).items()}
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
@@ -129,9 +129,8 @@ class FamilyRun:
         return self._cells[scheme]
 
     def _read_samples(self) -> Sequence[Any]:
-        if self.family.sees:
-            return read_vlm_samples(self.samples / "images", "describe")[0]
-        return read_samples(self.samples / "texts.jsonl")
+        path = self.samples / self.family.samples
+        return read_vlm_samples(path, "describe")[0] if path.is_dir() else read_samples(path)
 
     def _quantize(self, scheme: str) -> Cell:
         protocol, result = self._path / f"{scheme}.yaml", self._path / scheme
@@ -139,8 +138,11 @@ class FamilyRun:
         try:
             report = quantize(self.checkpoint, result, protocol, device="cpu")
         except ModelSlimError as error:
-            first = error.diagnostics[0].message if error.diagnostics else error.message
-            return Cell(first, problems=[f"{result.name} is there"] if result.exists() else [])
+            first = error.diagnostics[0] if error.diagnostics else error
+            return Cell(
+                f"{first.message} ({first.hint})" if first.hint else first.message,
+                problems=[f"{result.name} is there"] if result.exists() else [],
+            )
         output = read_output(result)
         problems = [
             *find_unaccounted(output, self.source, self.linears),
@@ -164,7 +166,7 @@ class FamilyRun:
         if not error < BOUNDS[scheme]:
             yield f"its logits differ from the float model's by {error:.3f}"
         decoded = self._path / "decoded"
-        shutil.copytree(self.checkpoint, decoded, dirs_exist_ok=True)
+        shutil.copytree(self.checkpoint, decoded, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
         weights = {
             name: torch.from_numpy(np.array(data)).to(_TORCH[self.source[name].dtype])
             for name, data in dequantized(output, self.source, self.name).items()
@@ -175,9 +177,9 @@ class FamilyRun:
             yield f"its logits differ by {error:.3f} from what transformers computes with its weights"
 
     def _load(self, path: Path) -> Any:
-        from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+        import transformers
 
-        return (AutoModelForMultimodalLM if self.family.sees else AutoModelForCausalLM).from_pretrained(path)
+        return getattr(transformers, self.family.reference).from_pretrained(path)
 
     def _run(self, model: Any) -> Sequence[Tensor]:
         with torch.no_grad():

@@ -1,26 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The families of the table: how a tiny random checkpoint of each is made, and what calibrates it."""
+"""The families of the table, as settings of tiny models."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
-
-ROOT = Path(__file__).parents[2]
-TEXTS = ("seven boats 7 and eleven more in the harbour", "a scale maps a range of numbers", "twelve chars", "x1 y2 z3")
-
+SIZES: Mapping[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
 COMMON: Mapping[str, Any] = {
+    **SIZES,
     "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -76,6 +66,11 @@ VISION = {
     "image_size": 16,
     "patch_size": 4,
 }
+OMNI: Mapping[str, Any] = {
+    "text_config": {**SIZES, "head_dim": 16, "rope_parameters": ROTARY},
+    "vision_config": {"hidden_size": 32, "intermediate_size": 96, "out_hidden_size": 64},
+    "audio_config": {"encoder_ffn_dim": 96, "d_model": 32, "output_dim": 64, "downsample_hidden_size": 32},
+}
 
 
 @dataclass(frozen=True)
@@ -83,29 +78,34 @@ class Family:
     """A row of the table.
 
     Attributes:
-        settings: of config.json, beside those that all language models share.
+        settings: of config.json, beside those that all language models share; of the thinker for omni models.
         left_float: patterns of linears that every scheme excludes.
         experts: pattern of the routed experts' linears; empty for a dense model.
+        samples: what calibrates it: ``texts.jsonl``, ``images`` or ``sounds``.
+        plugin: the adapter whose tests write such a checkpoint.
+        reference: the class of transformers that loads it.
     """
 
     settings: Mapping[str, Any]
     left_float: Sequence[str] = ()
     experts: str = ""
+    samples: str = "texts.jsonl"
+    plugin: str = "transformers"
+    reference: str = "AutoModelForCausalLM"
 
-    @property
-    def sees(self) -> bool:
-        """True for a model that takes images."""
-        return "vision_config" in self.settings
 
-    @property
-    def all_settings(self) -> Mapping[str, Any]:
-        """Those of config.json, whole."""
-        if self.sees:
-            return {**self.settings, "text_config": {**COMMON, **self.settings["text_config"]}}
-        return {**COMMON, **self.settings}
+def seeing(settings: Mapping[str, Any], experts: str = "") -> Family:
+    """A family that takes images."""
+    return Family(settings, (), experts, "images", reference="AutoModelForMultimodalLM")
+
+
+def latent(settings: Mapping[str, Any], plugin: str, *left_float: str) -> Family:
+    """A family with multi-head latent attention, routed experts and a layer of multi-token prediction."""
+    return Family(settings, ["*.kv_b_proj", MTP, *left_float], ROUTED, plugin=plugin)
 
 
 ROUTED = "*.experts.*"
+MTP = "*.eh_proj"
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family({}),
@@ -170,18 +170,18 @@ FAMILIES: Mapping[str, Family] = {
         }
     ),
     "jetmoe": Family({"num_local_experts": 4, "kv_channels": 16}),
-    "deepseek_v2": Family({**GROUPS, **LATENT, "topk_method": "group_limited_greedy"}, ["*.kv_b_proj"], ROUTED),
-    "deepseek_v3": Family({**GROUPS, **LATENT}, ["*.kv_b_proj"], ROUTED),
-    "deepseek_v32": Family(
-        {**GROUPS, **LATENT, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 16},
-        ["*.kv_b_proj", "*.weights_proj"],
-        ROUTED,
+    "deepseek_v2": latent({**GROUPS, **LATENT, "topk_method": "group_limited_greedy"}, "deepseek"),
+    "deepseek_v3": latent({**GROUPS, **LATENT}, "deepseek"),
+    "deepseek_v32": latent(
+        {**GROUPS, **LATENT, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16},
+        "deepseek",
+        "*.indexer.weights_proj",
     ),
-    "glm4_moe": Family({**GROUPS, **WIDE}, experts=ROUTED),
-    "glm4_moe_lite": Family({**GROUPS, **LATENT}, ["*.kv_b_proj"], ROUTED),
+    "glm4_moe": Family({**SIZES, "moe_intermediate_size": 96, **WIDE}, [MTP], ROUTED, plugin="glm"),
+    "glm4_moe_lite": latent({**SIZES, "moe_intermediate_size": 96, **LATENT}, "glm"),
     "ernie4_5_moe": Family({"moe_intermediate_size": 96, "moe_num_experts": 4, "moe_k": 2, **WIDE}, experts=ROUTED),
     "hunyuan_v1_moe": Family({"num_experts": 4, "moe_topk": 2, **WIDE}, experts=ROUTED),
-    "qwen2_vl": Family(
+    "qwen2_vl": seeing(
         {
             "text_config": {"rope_parameters": ROTARY},
             "vision_config": {
@@ -195,21 +195,21 @@ FAMILIES: Mapping[str, Family] = {
             **MARKS,
         }
     ),
-    "qwen2_5_vl": Family(
+    "qwen2_5_vl": seeing(
         {
             "text_config": {"rope_parameters": ROTARY},
             "vision_config": {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
             **MARKS,
         }
     ),
-    "qwen3_vl": Family(
+    "qwen3_vl": seeing(
         {
             "text_config": {"head_dim": 16, "rope_parameters": ROTARY},
             "vision_config": DEEPSTACK,
             **MARKS,
         }
     ),
-    "qwen3_vl_moe": Family(
+    "qwen3_vl_moe": seeing(
         {
             "text_config": {
                 "head_dim": 16,
@@ -222,15 +222,15 @@ FAMILIES: Mapping[str, Family] = {
         },
         experts=ROUTED,
     ),
-    "internvl": Family({"text_config": {"model_type": "qwen2"}, "vision_config": VISION, "image_token_id": 40}),
-    "llava": Family(
+    "internvl": seeing({"text_config": {"model_type": "qwen2"}, "vision_config": VISION, "image_token_id": 40}),
+    "llava": seeing(
         {
             "text_config": {"model_type": "llama"},
             "vision_config": {"model_type": "clip_vision_model", **VISION},
             "image_token_index": 40,
         }
     ),
-    "gemma3": Family(
+    "gemma3": seeing(
         {
             "text_config": {**SLIDING, **WIDE},
             "vision_config": {"model_type": "siglip_vision_model", **VISION, "vision_use_head": False},
@@ -240,42 +240,25 @@ FAMILIES: Mapping[str, Family] = {
             "eoi_token_index": 43,
         }
     ),
+    "glm4v_moe": Family(
+        {
+            "text_config": {**SIZES, "moe_intermediate_size": 96, "head_dim": 16, "rope_parameters": ROTARY},
+            "vision_config": {"hidden_size": 32, "intermediate_size": 96, "out_hidden_size": 64},
+        },
+        (),
+        ROUTED,
+        "images",
+        "glm",
+        "AutoModelForMultimodalLM",
+    ),
+    "qwen2_5_omni": Family(
+        OMNI, samples="sounds", plugin="qwen-omni", reference="Qwen2_5OmniThinkerForConditionalGeneration"
+    ),
+    "qwen3_omni_moe": Family(
+        {**OMNI, "text_config": {**OMNI["text_config"], **EXPERTS}},
+        experts=ROUTED,
+        samples="sounds",
+        plugin="qwen-omni",
+        reference="Qwen3OmniMoeThinkerForConditionalGeneration",
+    ),
 }
-
-
-def plugin_fixtures() -> ModuleType:
-    """The conftest of the generic adapter, which writes checkpoints, tokenizers and processors of all families."""
-    file = ROOT / "plugins" / "adapters" / "transformers" / "tests" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("transformers_adapter_fixtures", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def write_family(name: str, path: Path) -> None:
-    """A float checkpoint in bfloat16, with its tokenizer and, where it sees, its processor."""
-    family, fixtures = FAMILIES[name], plugin_fixtures()
-    fixtures.write_checkpoint(path, name, family.all_settings, torch.bfloat16, "1GB")
-    if family.sees:
-        fixtures.save_tokenizer(path, fixtures.PLACEHOLDERS, fixtures.ALIASES)
-        fixtures.write_processor(path, name)
-    else:
-        fixtures.save_tokenizer(path)
-
-
-def write_samples(path: Path) -> None:
-    """Calibration data: ``texts.jsonl`` for language models, ``images`` for those that see."""
-    from PIL import Image
-
-    path.mkdir()
-    (path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
-    folder = path / "images"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(2)
-    records: list[dict[str, str]] = [{"text": TEXTS[0]}]
-    for text, shape in zip(TEXTS[1:3], ((20, 24, 3), (40, 16, 3)), strict=True):
-        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        Image.fromarray(pixels.numpy()).save(folder / f"{shape[0]}.png")
-        records.append({"image": f"{shape[0]}.png", "text": text})
-    (folder / "index.json").write_text(json.dumps(records), encoding="utf-8")

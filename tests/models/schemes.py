@@ -47,9 +47,9 @@ def write_protocol(path: Path, family: Family, scheme: str, samples: Path) -> No
     spec: dict[str, Any] = {
         "process": process,
         "save": [{"type": "ascendv1_saver"}],
-        "dataset": str(samples / ("images" if family.sees else "texts.jsonl")),
+        "dataset": str(samples / family.samples),
     }
-    version = "multimodal_vlm_modelslim_v1" if family.sees else "modelslim_v1"
+    version = "modelslim_v1" if family.samples == "texts.jsonl" else "multimodal_vlm_modelslim_v1"
     path.write_text(yaml.safe_dump({"apiversion": version, "spec": spec}, sort_keys=False), encoding="utf-8")
 
 

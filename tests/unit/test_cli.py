@@ -331,6 +331,22 @@ def test_an_exception_without_a_message_has_no_dangling_colon() -> None:
     assert describe(RuntimeError()).message == "internal error: RuntimeError"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("NPU out of memory. Tried to allocate 2.00 GiB\nand a page more"),
+    ],
+)
+def test_lack_of_memory_is_no_bug_of_ours(error: Exception) -> None:
+    report = describe(error)
+    assert (exit_code(error), report.kind) == (1, "OutOfMemory")
+    assert report.message.startswith("out of memory")
+    assert "\n" not in report.message
+    assert "block by block" in report.hint
+
+
 def test_nobody_reading_stdout_ends_the_program_quietly() -> None:
     reader, writer = os.pipe()
     os.close(reader)

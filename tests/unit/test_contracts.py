@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from modelslim.api import (
     FLOAT,
     Algorithm,
+    CapabilityError,
     LinearInfo,
     ModelError,
-    PluginError,
     PlannedModel,
+    PluginError,
     Problem,
     ProcessRequest,
     QuantizedLinear,
@@ -42,6 +43,8 @@ from modelslim.checkpoint import Checkpoint
 from modelslim.testing.adapter import AdapterContract, OpenModel
 from modelslim.testing.algorithm import AlgorithmContract, random_linears
 from modelslim.testing.saver import SaverContract, random_linear
+
+PROOF = "test_plan_proves_the_forward_on_a_tiny_model_of_the_adapter"
 
 
 class Layer(nn.Module):
@@ -123,6 +126,23 @@ class PassesAnotherArgument(HandWritten):
         return model.head(x)
 
 
+class Shrinks(HandWritten):
+    def __init__(self, model_type: str, path: Path, trust_remote_code: bool = False) -> None:
+        super().__init__(path)
+
+    @hookimpl
+    def make_tiny_checkpoint(self, path: Path) -> Sequence[Any]:
+        save_file(Model().state_dict(), path / "model.safetensors")
+        (path / "config.json").write_text('{"model_type": "own"}', encoding="utf-8")
+        return [torch.randint(32, (1, length)) for length in (5, 7)]
+
+
+class ShrinksAndPassesAnotherArgument(Shrinks):
+    @hookimpl
+    def generate_model_forward(self, model: Any, inputs: Any) -> Any:
+        return PassesAnotherArgument(self.path).generate_model_forward(model, inputs)
+
+
 class MisnamesUnits(HandWritten):
     @hookimpl
     def generate_model_visit(self, model: Any) -> Iterator[ProcessRequest]:
@@ -195,9 +215,19 @@ def run_adapter(adapter: object, checkpoint: Path, test: str) -> None:
         call(AdapterContract(), test, **fixtures)
 
 
-@pytest.mark.parametrize("test", names_of_tests(AdapterContract))
+@pytest.mark.parametrize("test", sorted({*names_of_tests(AdapterContract)} - {PROOF}))
 def test_hand_written_adapter_keeps_the_contract(test: str, tiny: Path) -> None:
     run_adapter(HandWritten(tiny), tiny, test)
+
+
+def test_forward_is_proven_on_the_tiny_model_that_the_adapter_makes(tiny: Path) -> None:
+    run_adapter(Shrinks("own", tiny), tiny, PROOF)
+    with pytest.raises(
+        CapabilityError, match=r"first unit that differs is layers\.0: .*; of its arguments, factor differ"
+    ):
+        run_adapter(ShrinksAndPassesAnotherArgument("own", tiny), tiny, PROOF)
+    with pytest.raises(pytest.skip.Exception, match="no make_tiny_checkpoint"):
+        run_adapter(HandWritten(tiny), tiny, PROOF)
 
 
 @pytest.mark.parametrize(

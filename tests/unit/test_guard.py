@@ -358,6 +358,23 @@ def test_generic_adapter_is_asked_if_it_is_installed(
         assert "no tiny model of its architecture can be made" in lines[0]
 
 
+def test_adapter_of_the_family_is_asked_before_the_generic_one(
+    source: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def open_session(kind: str, name: str, model_type: str, path: Path, trust: bool, registry: Registry) -> Session:
+        asked.append((kind, name))
+        return Session({"transformers": Correct, "own": LeavesItToOthers, "Acme-7B": NoHook}[name]())
+
+    monkeypatch.setattr(guard, "open_session", open_session)
+    rows = [("adapters", "own"), ("adapters", "transformers"), ("models", "Acme-7B")]
+    registry = Registry(tuple(Entry(kind, name, "x:Y", name, "1") for kind, name in rows))
+    session = Session(NoHook())
+    assert prove_forward(session, session.init_model("meta"), source, "models", "Acme-7B", False, registry) == []
+    assert asked == [*rows, rows[-1]]
+
+
 def test_generic_adapter_that_does_not_know_the_family_leaves_it_unproven(
     source: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

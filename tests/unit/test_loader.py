@@ -185,6 +185,24 @@ def test_sources_rename_and_convert(tmp_path: Path) -> None:
         assert torch.equal(model.get_parameter(name) if name != "count" else model.count, tensor)
 
 
+def test_what_several_parameters_are_cut_out_of_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = torch.randn(3, 3)
+    sources = {
+        "a.weight": WeightSource(("both",), lambda tensors: tensors[0][:2]),
+        "a.bias": WeightSource(("bias",)),
+        "ab.weight": WeightSource(("both",), lambda tensors: tensors[0][1:, :2]),
+        "count": WeightSource(("count",)),
+    }
+    model, loader = tiny(tmp_path, {"both": both, "bias": torch.ones(2), "count": torch.ones(1)}, sources)
+    reads: list[str] = []
+    read = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: [reads.append(name), read(self, name)][1])
+    loader.install(loader.read(loader.names()))
+    assert sorted(reads) == ["bias", "both", "count"]
+    assert torch.equal(model.a.weight, both[:2])
+    assert torch.equal(model.ab.weight, both[1:, :2])
+
+
 def test_check_names_what_is_missing_and_what_has_another_shape(tmp_path: Path) -> None:
     stored = {**WHOLE, "a.weight": torch.zeros(3, 2), "AB.weight": torch.zeros(2, 2)}
     del stored["ab.weight"]

@@ -59,6 +59,16 @@ def describe_own(
     return describe(model, visit, Loader(model, Checkpoint(tmp_path), sources, "cpu"))
 
 
+def test_a_linear_that_is_cut_out_of_a_stored_tensor_has_the_name_that_its_source_gives(tmp_path: Path) -> None:
+    sources = {
+        "layers.0.proj.weight": WeightSource(("stacked",), lambda tensors: tensors[0], name="blocks.0.proj"),
+        "layers.1.proj.weight": WeightSource(("stacked",), lambda tensors: tensors[0]),
+    }
+    info = describe_own(tmp_path, sources=sources)
+    assert info.linears["layers.0.proj"].stored == "blocks.0.proj"
+    assert "layers.1.proj" not in info.linears
+
+
 def test_a_llama_has_its_layers_and_all_their_linears(tiny_llama: Path) -> None:
     info = describe_checkpoint(tiny_llama)
     assert list(info.units) == ["model.layers.0", "model.layers.1", "model.layers.2"]

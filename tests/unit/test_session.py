@@ -101,6 +101,22 @@ def test_the_adapter_answers_through_typed_methods() -> None:
     assert session.get_rotate_map(model, block_size=-1) == [-1]
 
 
+class Bridged:
+    """Keeps a hook's name for a method that another one calls in its place."""
+
+    def init_model(self, device: str = "npu", layers: int = 1) -> nn.Module:
+        return nn.Sequential(*(nn.Linear(2, 2, device=device) for _ in range(layers)))
+
+    @hookimpl(specname="init_model")
+    def answer(self, device: str) -> nn.Module:
+        return self.init_model(device, layers=2)
+
+
+def test_a_hook_may_be_answered_by_a_function_of_another_name() -> None:
+    model = Session(Bridged()).init_model("meta")
+    assert len(list(model.children())) == 2
+
+
 def test_hooks_that_nobody_answers_are_missing_capabilities() -> None:
     session = Session(Doubling())
     assert session.has("get_rotate_map")

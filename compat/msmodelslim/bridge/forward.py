@@ -128,9 +128,10 @@ def _check(who: str, model: nn.Module, request: ProcessRequest, answer: Any) -> 
             hint="a layer that the model has is not built again: the engine fills it and releases it",
         )
     hidden = next((value for value in request.args if isinstance(value, Tensor)), None)
-    if isinstance(answer, Tensor) and hidden is not None and hidden.dim() == answer.dim() - 1:
-        if hidden.data_ptr() == answer.data_ptr():
-            raise PluginError(
-                f"{who} takes the first element of a layer's answer, which is a tensor and no tuple in transformers 5",
-                hint="write `hidden_states = yield ProcessRequest(...)`",
-            )
+    if not isinstance(answer, Tensor) or hidden is None or hidden.dim() != answer.dim() - 1:
+        return
+    if hidden.data_ptr() == answer.data_ptr():
+        raise PluginError(
+            f"{who} takes the first element of a layer's answer, which is a tensor and no tuple in transformers 5",
+            hint="write `hidden_states = yield ProcessRequest(...)`",
+        )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from modelslim.api import ModelError, ModelSlimError, PluginError, WeightSource
+from modelslim_transformers.experts import fuse_experts
 from msmodelslim.bridge.recorder import Recorder
 from msmodelslim.bridge.stored import Stored
 from msmodelslim.core.const import DeviceType
-from modelslim_transformers.experts import fuse_experts
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,14 @@ def load(adapter: Any) -> tuple[nn.Module, Promises]:
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust, local_files_only=True)
     stored = Stored.open(path, config, trust)
     layouts = [stored, replace(stored, as_before=True)] if stored.turned else [stored]
-    failures: list[Exception] = []
+    first: Exception | None = None
     for layout in layouts:
         try:
             return _load(adapter, layout, config)
-        except ModelSlimError:
+        except ModelSlimError:  # noqa: PERF203 - two turns at most
             raise
-        except Exception as error:
-            failures.append(error)
-    first = failures[0]
+        except Exception as error:  # the adapter's code raises what it likes
+            first = first or error
     raise PluginError(
         f"{type(adapter).__name__} cannot load its model: {type(first).__name__}: {first}",
         hint="it runs on tensors that have a shape and no values: it may rearrange weights and not look into them",
@@ -170,7 +169,9 @@ def _load(adapter: Any, stored: Stored, config: Any) -> tuple[nn.Module, Promise
         units = list(adapter.generate_model_visit(model))
         _turn_back(model, stored)
     _check(type(adapter).__name__, model, units)
-    fuse_experts(model)
+    stacked = stored.stacked_experts(model)
+    if all(recorder.source(model.get_parameter(name)) == source for name, source in stacked.items()):
+        fuse_experts(model)  # otherwise the adapter changed them, and they stay as it left them
     return model.eval(), Promises(recorder, stored)
 
 
@@ -215,7 +216,7 @@ def _redirected(adapter: Any, loading: Loading) -> Iterator[None]:
     import safetensors.torch
     from transformers import PreTrainedModel
 
-    def from_pretrained(cls: Any, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(cls: Any, path: Any, /, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         if Path(path).resolve() != loading.stored.path.resolve():
             raise PluginError(f"the adapter loads {path}, which is not the model of this run")
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
@@ -250,14 +251,17 @@ def _redirected(adapter: Any, loading: Loading) -> Iterator[None]:
 def _turned_inits(stored: Stored) -> Iterator[tuple[type[nn.Module], Any]]:
     """Constructors that make the stacked weights as they are stored."""
     for kind, names in stored.turned.items() if stored.as_before else ():
+        yield kind, _turned_init(kind.__init__, names)
 
-        def construct(self: nn.Module, *args: Any, _init: Any = kind.__init__, _names: Any = names, **kwargs: Any) -> None:
-            _init(self, *args, **kwargs)
-            for name in _names:
-                weight: Tensor = getattr(self, name)
-                setattr(self, name, nn.Parameter(torch.empty_like(weight.transpose(1, 2).contiguous())))
 
-        yield kind, construct
+def _turned_init(init: Callable[..., None], names: Iterable[str]) -> Callable[..., None]:
+    def construct(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        for name in names:
+            weight: Tensor = getattr(self, name)
+            setattr(self, name, nn.Parameter(torch.empty_like(weight.transpose(1, 2).contiguous())))
+
+    return construct
 
 
 class _SafeOpen:

@@ -54,11 +54,11 @@ class _Step:
     value: Tensor | None = None
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered, records what happens on meta; enter :meth:`factories` too, so that all happens there."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._steps: list[_Step] = []
         self._writers: dict[int, list[int]] = defaultdict(list)
         # What recipes of one reading share, by its first stored tensor: gone with that tensor.
@@ -95,7 +95,14 @@ class Recorder(TorchDispatchMode):
         Raises:
             PluginError: it needs one.
         """
-        return self._replay(self._recipe(tensor), tensor, {})
+        recipe = self._recipe(tensor)
+        keys = [key for index in recipe if (source := self._steps[index].source) for key in source.keys]
+        if keys:
+            raise PluginError(
+                f"a buffer that is not stored is computed from the stored tensor {keys[0]}",
+                hint="register it with persistent=True; the engine fills it then",
+            )
+        return self._replay(recipe, tensor, {})
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -151,7 +158,9 @@ class Recorder(TorchDispatchMode):
     def _replay(self, recipe: Sequence[int], target: Tensor, stored: dict[str, Tensor]) -> Tensor:
         """Repeat steps on real tensors."""
         first = next(iter(stored.values()), None)
-        shared: dict[int, torch.UntypedStorage] = {} if first is None else self._shared.setdefault(first, {})
+        shared: dict[int, torch.UntypedStorage] = {}
+        if first is not None:
+            shared = self._shared.setdefault(first, shared)  # type: ignore[no-untyped-call]
         real: dict[int, torch.UntypedStorage] = {}
 
         def lookup(tensor: Tensor) -> Tensor:
@@ -159,16 +168,17 @@ class Recorder(TorchDispatchMode):
                 return tensor
             memory = real.get(_memory(tensor))
             if memory is None:
-                memory = real[_memory(tensor)] = torch.UntypedStorage(tensor.untyped_storage().nbytes())
+                memory = real[_memory(tensor)] = torch.UntypedStorage(tensor.untyped_storage().nbytes())  # type: ignore[no-untyped-call]
             view = torch.empty(0, dtype=tensor.dtype)
             return view.set_(memory, tensor.storage_offset(), tensor.size(), tensor.stride())
 
         with torch.no_grad():
             for index in recipe:
                 step = self._steps[index]
-                (memory,) = step.overwrites if len(step.overwrites) == 1 else (None,)
+                memory = next(iter(step.overwrites), 0)
                 # Many weights may be cut from one tensor: it is rearranged once.
-                is_shared = memory not in (None, _memory(target)) and self._writers[memory][-1] == index
+                is_last = len(step.overwrites) == 1 and self._writers[memory][-1] == index
+                is_shared = is_last and memory != _memory(target)
                 if is_shared and index in shared:
                     real[memory] = shared[index]
                     continue
@@ -216,7 +226,7 @@ class _OnMeta(DeviceContext):
         kwargs = kwargs or {}
         if func in _FROM_VALUES and not any(tensor.is_meta for tensor in _tensors(args)):
             return self._recorder.value(func(*args, **{**kwargs, "device": "cpu"}))
-        return super().__torch_function__(func, types, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
 def _plain(steps: Sequence[_Step], tensor: Tensor) -> WeightSource | None:
@@ -238,7 +248,7 @@ def _plain(steps: Sequence[_Step], tensor: Tensor) -> WeightSource | None:
 
 
 def _is_named(step: _Step, prefix: str) -> bool:
-    return step.run is not None and step.run._schema.name.startswith(prefix)  # type: ignore[attr-defined, no-any-return]
+    return step.run is not None and step.run._schema.name.startswith(prefix)  # type: ignore[attr-defined]
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

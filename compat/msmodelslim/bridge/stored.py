@@ -44,9 +44,7 @@ class Stored:
         """Read the headers; no tensor."""
         from transformers.modeling_utils import load_state_dict
 
-        files = {
-            file.name: load_state_dict(str(file), map_location="meta") for file in sorted(_files(path))
-        }
+        files = {file.name: load_state_dict(str(file), map_location="meta") for file in sorted(_files(path))}
         tensors = {name: tensor for content in files.values() for name, tensor in content.items()}
         reference = _reference(config, trust_remote_code)
         known: dict[str, tuple[WeightSource, torch.Size]] = {}
@@ -62,8 +60,18 @@ class Stored:
     @cached_property
     def parents(self) -> Mapping[str, str]:
         """Names of modules in the checkpoint, by their names in the model, where they differ."""
-        pairs = ((name.rpartition(".")[0], source.keys[0].rpartition(".")[0]) for name, (source, _) in self.known.items())
-        return {name: stored for name, stored in pairs if name != stored}
+        pairs = {name.rpartition(".")[0]: source.keys[0].rpartition(".")[0] for name, (source, _) in self.known.items()}
+        return {name: stored for name, stored in pairs.items() if name != stored}
+
+    def stacked_experts(self, model: nn.Module) -> dict[str, WeightSource]:
+        """Sources of the stacked weights of transformers' own experts that a model still has."""
+        return {
+            name: self.known[name][0]
+            for path, module in model.named_modules()
+            if hasattr(module, "_is_expert_parallel")
+            for name, _ in module.named_parameters(path, recurse=False)
+            if name in self.known
+        }
 
     def fused_experts(self, model: nn.Module) -> dict[str, WeightSource]:
         """Sources of the experts that the adapter left as transformers holds them."""
@@ -128,16 +136,17 @@ def _find_turned(
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import Transpose, WeightConverter
 
+    converters = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
     patterns = [
         pattern
-        for entry in get_model_conversion_mapping(model)
-        if isinstance(entry, WeightConverter) and any(isinstance(operation, Transpose) for operation in entry.operations)
-        for pattern in entry.target_patterns
+        for converter in converters
+        if any(isinstance(operation, Transpose) for operation in converter.operations)
+        for pattern in converter.target_patterns
     ]
     turned: dict[type[nn.Module], tuple[str, ...]] = {}
     for path, module in model.named_modules():
-        names = [f"{path}.{attribute}" for attribute, tensor in module.named_parameters(recurse=False) if tensor.dim() == 3]
-        found = [name for name in names if name in known and any(re.search(pattern, name) for pattern in patterns)]
+        stacked = [name for name, tensor in module.named_parameters(path, recurse=False) if tensor.dim() == 3]
+        found = [name for name in stacked if name in known and any(re.search(pattern, name) for pattern in patterns)]
         if found:
             turned[type(module)] = tuple(name.rpartition(".")[2] for name in found)
             is_turned = any(tensors[known[name][0].keys[0]].shape != known[name][1] for name in found)

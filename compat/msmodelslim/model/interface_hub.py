@@ -27,6 +27,10 @@ from msmodelslim.interfaces import (
     SmoothQuantInterface,
     StandingHighWithExperienceInterface,
 )
+from msmodelslim.model.common.layer_wise_forward import (
+    generated_decoder_layer_visit_func,
+    transformers_generated_forward_func,
+)
 
 ModelSlimPipelineInterfaceV0 = PipelineInterfaceV0
 ModelSlimPipelineInterfaceV1 = PipelineInterface
@@ -60,4 +64,6 @@ __all__ = [
     "RotatePair",
     "SmoothQuantInterface",
     "StandingHighWithExperienceInterface",
+    "generated_decoder_layer_visit_func",
+    "transformers_generated_forward_func",
 ]

@@ -13,14 +13,14 @@ from modelslim.api import (
 )
 
 
-class _WithAction(ModelSlimError):
+class ActionError(ModelSlimError):
     """Takes the remedy as ``action``."""
 
     def __init__(self, *args: object, action: str = "") -> None:
         super().__init__(" ".join(map(str, args)) or type(self).__name__, hint=action)
 
 
-class ModelslimError(_WithAction):
+class ModelslimError(ActionError):
     """Base of the errors below."""
 
 

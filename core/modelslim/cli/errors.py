@@ -74,6 +74,8 @@ class Report:
 
 def exit_code(error: BaseException) -> int:
     """The exit code that the error gives."""
+    if is_out_of_memory(error):
+        return FAILED
     return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), OUR_BUG)
 
 
@@ -87,10 +89,26 @@ def describe(error: BaseException) -> Report:
         return Report("UsageError", error.format_message(), hint)
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return Report("Interrupted", "interrupted")
+    if is_out_of_memory(error):
+        first, _, _ = str(error).partition("\n")
+        return Report(
+            "OutOfMemory",
+            f"out of memory: {first}".removesuffix(": "),
+            "all samples are held at once: calibrate on fewer, shorter texts and smaller images; of an adapter's "
+            "units the largest must fit, so a large vision part is better visited block by block",
+        )
     return Report(
         "InternalError",
         f"internal error: {type(error).__name__}: {error}".removesuffix(": "),
         "this is a bug, of ModelSlim or of a plugin; MODELSLIM_LOG_LEVEL=DEBUG shows the traceback",
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True when memory ran out, of the machine or of an accelerator; torch has no common type for both."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
 
 

@@ -105,6 +105,9 @@ class Engine:
 
             with ports:
                 tokens = boundary.run_unit(unit, after_sample, resume=index < self._last_pass)
+            if index + 1 < len(self._units):
+                # A forward that embeds its text behind the vision tower has filled the embeddings here.
+                self._loader.release_filled()
         borrowed = cover(ports, list(needs), self._policy) if tokens else []
         clock.lap("calibrate")
         modules = self._quantize(views, ports.statistics())

@@ -98,7 +98,9 @@ class Qwen3VLMoeByHand:
             yield ProcessRequest(f"model.language_model.layers.{index}", layer)
 
     @hookimpl
-    def generate_model_forward(self, model: Any, inputs: Mapping[str, Tensor]) -> Generator[ProcessRequest, Any, Tensor]:
+    def generate_model_forward(
+        self, model: Any, inputs: Mapping[str, Tensor]
+    ) -> Generator[ProcessRequest, Any, Tensor]:
         """The same units with their arguments; returns the logits [1, tokens, vocabulary]."""
         from transformers.masking_utils import create_causal_mask
 

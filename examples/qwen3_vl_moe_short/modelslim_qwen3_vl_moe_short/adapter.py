@@ -34,3 +34,12 @@ class Qwen3VLMoeShort(TransformersAdapter):
         if sample.image is not None:
             content.insert(0, {"type": "image", "image": sample.image})
         return [{"role": "user", "content": content}]
+
+
+class Qwen3VLMoeBlocks(Qwen3VLMoeShort):
+    """The same with the vision part block by block, for one that is too large to be held whole."""
+
+    def towers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """One unit for each vision block; what lies around them is outside the units."""
+        for index, block in enumerate(model.get_submodule(f"{TOWER}.blocks").children()):
+            yield f"{TOWER}.blocks.{index}", block

@@ -79,7 +79,12 @@ class ConfiguredModelAdapter(BaseModelAdapter, AscendV1GlobalModelDtypeInterface
         return stated if isinstance(stated, torch.dtype) else torch.float32
 
     def _load_config(self, trust_remote_code: bool = False) -> Any:
-        return SafeGenerator.get_config_from_pretrained(self.model_path, trust_remote_code=trust_remote_code)
+        config = SafeGenerator.get_config_from_pretrained(self.model_path, trust_remote_code=trust_remote_code)
+        for part in (config, config.get_text_config()):
+            rope = getattr(part, "rope_parameters", None) or {}
+            if "rope_theta" in rope and not hasattr(part, "rope_theta"):
+                part.rope_theta = rope["rope_theta"]  # where transformers 4 had it
+        return config
 
     def _get_state_dict(self, module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         """What ``module.load_state_dict`` wants, as transformers would load it.

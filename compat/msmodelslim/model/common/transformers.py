@@ -60,7 +60,8 @@ class TransformersModel(ConfiguredModelAdapter):
         return [self._get_padding_data(batch, device) for batch in batches]
 
     def _get_padding_data(self, calib_list: list[Any], device: DeviceType = DeviceType.NPU) -> list[Tensor]:
-        ids = [self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0] for text in calib_list]
+        tokens = [self.tokenizer(text, return_tensors="pt", add_special_tokens=False) for text in calib_list]
+        ids = [one["input_ids"][0] for one in tokens]
         return [torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=0).to(device.value)]
 
 

@@ -37,9 +37,7 @@ class DefaultModelAdapter(TransformersModel, ModelInfoInterface, PipelineInterfa
         """[ids, mask] of each text."""
         return self._get_tokenized_data(dataset, device)
 
-    def handle_dataset_by_batch(
-        self, dataset: Any, batch_size: int, device: DeviceType = DeviceType.NPU
-    ) -> list[Any]:
+    def handle_dataset_by_batch(self, dataset: Any, batch_size: int, device: DeviceType = DeviceType.NPU) -> list[Any]:
         """[ids] of each batch of texts."""
         return self._get_batch_tokenized_data(dataset, batch_size, device)
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapter of the integration guide, its gaps filled as an engineer of the existing tool would."""
 
-from typing import Any, Generator, List, Tuple
+from collections.abc import Generator
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -22,7 +23,7 @@ from msmodelslim.utils.logging import get_logger, logger_setter
 class Qwen3VLMoeModelAdapter(VlmBaseModelAdapter, ModelSlimPipelineInterfaceV1, IterSmoothInterface):
     """Qwen3-VL-MoE as the integration guide writes it."""
 
-    def handle_dataset(self, dataset: Any, device: DeviceType = DeviceType.NPU) -> List[Any]:
+    def handle_dataset(self, dataset: Any, device: DeviceType = DeviceType.NPU) -> list[Any]:
         from transformers import AutoProcessor
 
         self._processor = AutoProcessor.from_pretrained(self.model_path, trust_remote_code=True, local_files_only=True)
@@ -86,7 +87,7 @@ class Qwen3VLMoeModelAdapter(VlmBaseModelAdapter, ModelSlimPipelineInterfaceV1, 
         yield ProcessRequest(name="model.visual", module=model.model.visual, args=(), kwargs={})
         yield from generated_decoder_layer_visit_func(model, transformer_blocks=self.generate_decoder_layer(model))
 
-    def generate_decoder_layer(self, model: nn.Module) -> Generator[Tuple[str, nn.Module], None, None]:
+    def generate_decoder_layer(self, model: nn.Module) -> Generator[tuple[str, nn.Module], None, None]:
         num_layers = self.config.text_config.num_hidden_layers
         for layer_idx in range(num_layers):
             name = f"model.language_model.layers.{layer_idx}"
@@ -130,10 +131,7 @@ class Qwen3VLMoeModelAdapter(VlmBaseModelAdapter, ModelSlimPipelineInterfaceV1, 
         layer.mlp = UnstackedQwen3VLMoeSparseMoeBlock(self.config.text_config, layer.mlp)
 
     def generate_model_forward(self, model: nn.Module, inputs: Any) -> Generator[ProcessRequest, Any, None]:
-        if isinstance(inputs, list):
-            sample = inputs[0]
-        else:
-            sample = inputs
+        sample = inputs[0] if isinstance(inputs, list) else inputs
         pixel_values = sample["pixel_values"]
         image_grid_thw = sample["image_grid_thw"]
         with torch.no_grad():
@@ -182,7 +180,7 @@ class Qwen3VLMoeModelAdapter(VlmBaseModelAdapter, ModelSlimPipelineInterfaceV1, 
                 hidden_states = hidden_states.clone()
                 hidden_states[visual_pos_masks] += deepstack_image_embeds[layer_idx].to(hidden_states.dtype)
 
-    def get_adapter_config_for_subgraph(self) -> List[AdapterConfig]:
+    def get_adapter_config_for_subgraph(self) -> list[AdapterConfig]:
         adapter_config = []
         for layer_idx in range(self.config.text_config.num_hidden_layers):
             prefix = f"model.language_model.layers.{layer_idx}"

@@ -294,4 +294,7 @@ def _compute_buffers(model: Any, device: str) -> None:
 def _hint(error: BaseException) -> str:
     if "trust_remote_code" in str(error):
         return "the model brings its own code; if you trust its source, add --trust_remote_code True"
-    return "check model_type and architectures in config.json, or install a transformers version that knows the model"
+    return (
+        "check model_type and architectures in config.json, or install the adapter of the model's family "
+        "(modelslim-adapter-<family>) or a transformers version that knows the model"
+    )

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modelslim.api import CapabilityError
@@ -27,7 +25,7 @@ def write_tiny_checkpoint(
     """Write the checkpoint and make inputs for it.
 
     Args:
-        source: directory of the real checkpoint; code that it brings is taken along.
+        source: directory of the real checkpoint, for the code that it may bring.
         config: its configuration.
         layers: the language layers of the real model, on meta.
         build: builds the model that a directory's config.json describes, without weights.
@@ -39,11 +37,13 @@ def write_tiny_checkpoint(
     Raises:
         CapabilityError: the architecture has sizes that are not known here, or inputs of another kind.
     """
-    for file in source.glob("*.py"):
-        shutil.copy(file, path)
     values = shrink(config.to_dict(), count_layers(layers, config.get_text_config()))
     tiny = type(config)(**values)
     tiny.architectures = config.architectures
+    if getattr(config, "auto_map", None):
+        # Code stays where it is: transformers keeps a copy for every directory that it loads code from.
+        places = {key: name for key, name in config.auto_map.items() if isinstance(name, str)}
+        tiny.auto_map = {key: name if "--" in name else f"{source}--{name}" for key, name in places.items()}
     tiny.save_pretrained(path)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build(path).parameters())
@@ -56,11 +56,6 @@ def write_tiny_checkpoint(
             tensor += (torch.randn(tensor.shape) * 0.1).to(tensor.dtype)
     with _no_progress_bar():
         model.save_pretrained(path)
-    if isinstance(getattr(tiny, "thinker_config", None), type(model.config)):
-        # A part of the published model: it is stored under its name, beside the configuration of the whole.
-        file = path / "model.safetensors"
-        save_file({f"thinker.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
-        tiny.save_pretrained(path)
     return make_inputs(model)
 
 

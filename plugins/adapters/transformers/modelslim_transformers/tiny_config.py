@@ -64,8 +64,6 @@ def shrink(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 def _shrink_parts(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """The language model, and the towers fitted to it."""
-    if isinstance(values.get("thinker_config"), Mapping):
-        return {**values, "thinker_config": _shrink_parts(values["thinker_config"], layers)}
     text = values.get("text_config")
     if not isinstance(text, Mapping):
         return shrink_text(values, layers)

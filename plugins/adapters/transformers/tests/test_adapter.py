@@ -16,6 +16,8 @@ from torch import nn
 
 from modelslim.api import DatasetError, ModelError
 from modelslim.checkpoint import Checkpoint
+from modelslim.guard import Guard
+from modelslim.session import Session
 from modelslim.testing.adapter import OpenModel
 from modelslim_transformers.adapter import TransformersAdapter
 
@@ -335,6 +337,19 @@ def own_code(tmp_path: Path, module_cache: None) -> Path:
         shapes |= {f"layers.{layer}.linear.weight": (16, 16), f"layers.{layer}.linear.bias": (16,)}
     save_file({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     return tmp_path
+
+
+def test_forward_of_the_checkpoints_own_code_is_proven(own_code: Path) -> None:
+    from transformers.dynamic_module_utils import HF_MODULES_CACHE
+
+    def open_on(path: Path) -> Session:
+        return Session(TransformersAdapter("own_family", path, trust_remote_code=True))
+
+    session = open_on(own_code)
+    model = session.init_model("meta")
+    copies = sorted(Path(HF_MODULES_CACHE).rglob("modeling_own.py"))
+    assert Guard("own", lambda model_type, path: open_on(path)).check(session, model) == []
+    assert sorted(Path(HF_MODULES_CACHE).rglob("modeling_own.py")) == copies != []
 
 
 def test_code_of_the_checkpoint_is_not_run_unasked(own_code: Path) -> None:

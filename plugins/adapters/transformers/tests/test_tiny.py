@@ -158,7 +158,9 @@ def test_replay_of_the_first_layers_arguments_is_refused(model_type: str, unit: 
     assert "on a tiny random model" in caught.value.message
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "qwen3_next"])  # unpadded, both kinds of its layers get no mask
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen3_moe", "qwen3_next"]
+)  # unpadded, both kinds of its layers get no mask
 def test_replay_where_all_layers_take_the_same_is_right(model_type: str, write: Any) -> None:
     assert guard(Replaying, write(model_type)) == []
 
