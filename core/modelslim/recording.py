@@ -104,7 +104,7 @@ def _differ(mine: Any, own: Any) -> bool:
     """True when an argument is not the same; None where it was not given or is of no interest."""
     if isinstance(mine, list) or isinstance(own, list):
         return bool(same_tensors(*(value if isinstance(value, list) else [] for value in (mine, own))))
-    return bool(mine != own)
+    return bool((mine or None) != (own or None))  # switched off is as good as not given
 
 
 def _copy(value: Any) -> Any:

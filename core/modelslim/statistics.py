@@ -27,6 +27,15 @@ class Statistic(ABC):
     def merge(self, other: Statistic) -> None:
         """Take in what another instance of the same class has seen (data-parallel reduction)."""
 
+    def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> Statistic:
+        """What ``(x - shift) / scale`` would have given; for classes that can tell without a new pass.
+
+        Args:
+            scale: [channels], positive.
+            shift: [channels], or None for no shift.
+        """
+        raise TypeError(f"{type(self).__name__} does not follow a rescaling")
+
 
 class TokenCount(Statistic):
     """How many tokens passed the port."""
@@ -70,6 +79,203 @@ class TensorRange(Statistic):
     def _take(self, low: Tensor, high: Tensor) -> None:
         self.minimum = low if self.minimum is None else torch.minimum(self.minimum, low)
         self.maximum = high if self.maximum is None else torch.maximum(self.maximum, high)
+
+
+class ChannelRange(Statistic):
+    """Smallest and largest activation of every channel.
+
+    Attributes:
+        minimum, maximum: [channels] in the dtype of the activations, exact; None before the first
+            token. A NaN among the activations makes both NaN.
+    """
+
+    def __init__(self) -> None:
+        self.minimum: Tensor | None = None
+        self.maximum: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Widen the ranges by a batch."""
+        if x.numel():
+            self._take(*torch.aminmax(x, dim=0))
+
+    def merge(self, other: Statistic) -> None:
+        """Add what another instance saw."""
+        assert isinstance(other, ChannelRange)
+        if other.minimum is not None and other.maximum is not None:
+            self._take(other.minimum, other.maximum)
+
+    def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> ChannelRange:
+        """The ranges after the rescaling, in float32."""
+        result = ChannelRange()
+        if self.minimum is not None and self.maximum is not None:
+            result.minimum, result.maximum = (_rescale(x, scale, shift) for x in (self.minimum, self.maximum))
+        return result
+
+    @property
+    def absmax(self) -> Tensor:
+        """Largest magnitude of every channel, float32 [channels]; some token must have been seen."""
+        assert self.minimum is not None and self.maximum is not None
+        return torch.maximum(-self.minimum, self.maximum).to(torch.float32)
+
+    def whole(self) -> TensorRange:
+        """The range over all channels."""
+        result = TensorRange()
+        if self.minimum is not None and self.maximum is not None:
+            result.minimum, result.maximum = self.minimum.amin(), self.maximum.amax()
+        return result
+
+    def _take(self, low: Tensor, high: Tensor) -> None:
+        self.minimum = low if self.minimum is None else torch.minimum(self.minimum, low)
+        self.maximum = high if self.maximum is None else torch.maximum(self.maximum, high)
+
+
+class ChannelAbsMean(Statistic):
+    """Mean magnitude of every channel.
+
+    Attributes:
+        total: float64 [channels], the sum of magnitudes; None before the first token.
+        tokens: how many tokens were seen.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch."""
+        if x.numel():
+            self._take(x.abs().sum(0, dtype=torch.float32).to(torch.float64), len(x))
+
+    def merge(self, other: Statistic) -> None:
+        """Add what another instance saw."""
+        assert isinstance(other, ChannelAbsMean)
+        if other.total is not None:
+            self._take(other.total, other.tokens)
+
+    def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> ChannelAbsMean:
+        """The means after a rescaling without a shift."""
+        if shift is not None:
+            raise TypeError("ChannelAbsMean does not follow a shift")
+        result = ChannelAbsMean()
+        result.tokens = self.tokens
+        result.total = None if self.total is None else self.total / scale
+        return result
+
+    @property
+    def mean(self) -> Tensor:
+        """float32 [channels]; some token must have been seen."""
+        assert self.total is not None
+        return (self.total / self.tokens).to(torch.float32)
+
+    def _take(self, total: Tensor, tokens: int) -> None:
+        self.total = total if self.total is None else self.total + total
+        self.tokens += tokens
+
+
+class Gram(Statistic):
+    """``X^T X`` of all tokens, which second-order rounding wants.
+
+    Attributes:
+        matrix: float32 [channels, channels], the sum over tokens; None before the first one.
+        total: float32 [channels], the sum of the tokens.
+        tokens: how many tokens were seen.
+    """
+
+    def __init__(self) -> None:
+        self.matrix: Tensor | None = None
+        self.total: Tensor | None = None
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch."""
+        if not x.numel():
+            return
+        x = x.to(torch.float32)
+        if self.matrix is None or self.total is None:
+            self.matrix, self.total = x.t() @ x, x.sum(0)
+        else:
+            self.matrix.addmm_(x.t(), x)
+            self.total += x.sum(0)
+        self.tokens += len(x)
+
+    def merge(self, other: Statistic) -> None:
+        """Add what another instance saw."""
+        assert isinstance(other, Gram)
+        if other.matrix is None or other.total is None:
+            return
+        self.matrix = other.matrix.clone() if self.matrix is None else self.matrix + other.matrix
+        self.total = other.total.clone() if self.total is None else self.total + other.total
+        self.tokens += other.tokens
+
+    def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> Gram:
+        """The matrix after the rescaling; exact."""
+        result = Gram()
+        result.tokens = self.tokens
+        if self.matrix is not None and self.total is not None:
+            matrix, total = self.matrix, self.total
+            if shift is not None:
+                outer = torch.outer(total, shift)
+                matrix = matrix - outer - outer.t() + self.tokens * torch.outer(shift, shift)
+                total = total - self.tokens * shift
+            result.matrix = matrix / torch.outer(scale, scale)
+            result.total = total / scale
+        return result
+
+
+class RowSample(Statistic):
+    """Some tokens as they are, spread evenly over all batches.
+
+    The sample of one pass is the same for the same data; every ``stride``-th token is kept, and the
+    stride doubles when the sample is full.
+
+    Attributes:
+        capacity: how many tokens are kept at most.
+    """
+
+    capacity = 256
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._stride = 1
+        self._seen = 0
+
+    def update(self, x: Tensor) -> None:
+        """Keep some tokens of a batch."""
+        first = -self._seen % self._stride
+        self._seen += len(x)
+        if first < len(x):
+            self._parts.append(x[first :: self._stride].clone())
+            self._thin()
+
+    def merge(self, other: Statistic) -> None:
+        """Add what another instance keeps."""
+        assert isinstance(other, RowSample)
+        self._parts += [part.clone() for part in other._parts]
+        self._seen += other._seen
+        self._stride = max(self._stride, other._stride)
+        self._thin()
+
+    def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> RowSample:
+        """The same tokens after the rescaling, in float32."""
+        result = type(self)()
+        result._parts = [_rescale(part, scale, shift) for part in self._parts]
+        result._stride, result._seen = self._stride, self._seen
+        return result
+
+    @property
+    def rows(self) -> Tensor | None:
+        """[kept tokens, channels]; None before the first token."""
+        return torch.cat(self._parts) if self._parts else None
+
+    def _thin(self) -> None:
+        while sum(map(len, self._parts)) > self.capacity:
+            self._parts = [torch.cat(self._parts)[::2].clone()]
+            self._stride *= 2
+
+
+def _rescale(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    x = x.to(torch.float32)
+    return (x if shift is None else x - shift) / scale
 
 
 S = TypeVar("S", bound=Statistic)

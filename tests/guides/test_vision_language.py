@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/guides/vision_language.md is true: its listings are files that run, its outputs and messages are the real ones."""
+"""docs/guides/vision_language.md is true: its listings are files that run, its outputs and messages are real."""
 
 from __future__ import annotations
 
@@ -288,11 +288,23 @@ ENTRY = "modelslim_qwen3_vl_moe_by_hand.adapter:Qwen3VLMoeByHand"
 @pytest.mark.parametrize(
     ("group", "entry", "message"),
     [
-        ("modelslim.adapter", f"mine = {ENTRY}", "there is no entry-point group modelslim.adapter; did you mean 'adapters'?"),
-        ("modelslim.adapters", "mine = modelslim_qwen3_vl_moe_by_hand.adapter:Qwen3VLMoeByHnad", "has no attribute 'Qwen3VLMoeByHnad'"),
-        ("modelslim.adapters", f"qwen3_vl_moe = {ENTRY}", "claimed by modelslim-adapter-mine 1.0 and modelslim-adapter-qwen3-vl 0.1.0"),
+        (
+            "modelslim.adapter",
+            f"mine = {ENTRY}",
+            "there is no entry-point group modelslim.adapter; did you mean 'adapters'?",
+        ),
+        (
+            "modelslim.adapters",
+            f"mine = {ENTRY.replace('Hand', 'Hnad')}",
+            "has no attribute 'Qwen3VLMoeByHnad'",
+        ),
+        (
+            "modelslim.adapters",
+            f"qwen3_vl_moe = {ENTRY}",
+            "claimed by modelslim-adapter-mine 1.0 and modelslim-adapter-qwen3-vl 0.1.0",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_the_entry_points_is_a_row_of_the_plugins(
     group: str,
     entry: str,

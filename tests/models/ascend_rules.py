@@ -22,6 +22,7 @@ DENSE_TYPES = {"FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A16"}
 EXPERT_TYPES = {"FLOAT", "W8A8_DYNAMIC", "W4A8_DYNAMIC", "W4A16"}
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
+    ("q", "k", "v"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),

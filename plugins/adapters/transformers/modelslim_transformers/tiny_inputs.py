@@ -34,13 +34,18 @@ def make_inputs(model: Any) -> list[dict[str, Any]]:
     words = torch.tensor([token for token in range(FREE_TOKENS) if token not in taken])
     first, second = (words[torch.randint(len(words), (1, length))] for length in LENGTHS)
     if getattr(config, "vision_config", None) is None:
-        return [{"input_ids": first}, {"input_ids": second}]
+        return [_text(first), _text(second)]
     count, picture = _picture(config)
     inputs = [_with_file(model, "image", "vision", first, count, picture)]
     if getattr(config, "audio_config", None) is not None:
         count, sound = _sound(model, config)
         inputs.append(_with_file(model, "audio", "audio", second, count, sound))
-    return [*inputs, {"input_ids": second, "attention_mask": torch.ones_like(second)}]
+    return [*inputs, _text(second)]
+
+
+def _text(words: Tensor) -> dict[str, Tensor]:
+    """A text that is not padded, said so for adapters that ask."""
+    return {"input_ids": words, "attention_mask": torch.ones_like(words)}
 
 
 def _with_file(
