@@ -51,7 +51,7 @@ def choose_adapter(config: Mapping[str, Any], model_type: str | None, registry: 
         )
     remark = ""
     if model_type is not None and model_type != stated:
-        known = nearest(model_type, registry.names("models"))
+        known = nearest(model_type, [*registry.names("models"), *registry.names("adapters")])
         remark = (
             f"no adapter is registered for --model_type {model_type}; config.json says {stated}, "
             f"which the adapter {name!r} serves" + (f" ({known})" if known.startswith("did") else "")

@@ -188,3 +188,16 @@ def test_indices_that_are_as_many_as_the_layers_are_not_taken_for_kinds(write: A
             return {"mlp_only_layers": [4, 7, 9], "hidden_act": "abc", "layer_types": ["a", "b", "a"]}
 
     assert count_layers(layers, Config()) == 2
+
+
+def test_texts_come_with_a_mask_and_hold_no_special_token(write: Any, tmp_path: Path) -> None:
+    adapter = TransformersAdapter("llama", write("llama", pad_token_id=3, eos_token_id=[5, 128001]))
+    path = tmp_path / "tiny"
+    path.mkdir()
+    inputs = adapter.make_tiny_checkpoint(Session(adapter).init_model("meta"), path)
+    assert len({sample["input_ids"].shape[1] for sample in inputs}) == len(inputs) > 1
+    tiny = TransformersAdapter("llama", path).config
+    assert (tiny.pad_token_id, tiny.eos_token_id, tiny.vocab_size) == (3, [5, 127], 128)
+    for sample in inputs:
+        assert sample["attention_mask"].all()
+        assert not {3, 5, 127} & set(sample["input_ids"].flatten().tolist())

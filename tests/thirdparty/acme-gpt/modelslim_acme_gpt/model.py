@@ -82,6 +82,6 @@ class AcmeGPT(nn.Module):
         """Logits [1, tokens, vocabulary] of token ids [1, tokens]."""
         hidden, masks = self.embed(ids), self.masks(ids)
         for layer in self.layers:
-            hidden = layer(hidden, masks[layer.sees_all])
+            hidden = layer(hidden, masks[bool(layer.sees_all)])
         logits: Tensor = self.head(self.norm(hidden))
         return logits
