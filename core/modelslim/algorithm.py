@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from modelslim.types import LinearInfo, Problem, QuantSpec
+from modelslim.types import LinearInfo, Problem, QuantSpec, Subgraph
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,11 +32,33 @@ class Unit:
         linears: the unit's linears by their full names, with their weights loaded; those of fused
             experts as one ``ExpertLinear`` under its own name.
         specs: what the plan gave to *this* algorithm, by the same names; a subset of ``linears``.
+        modules: every module of the unit by its full name, norms and routers included.
+        subgraphs: what smoothing may rescale in this unit, as the adapter says; empty unless an
+            algorithm of the run requires the hook.
     """
 
     name: str
     linears: Mapping[str, nn.Module]
     specs: Mapping[str, QuantSpec]
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    subgraphs: Sequence[Subgraph] = ()
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """What becomes of a linear that an algorithm cannot quantize well.
+
+    Attributes:
+        metric: ``relative_error`` of its output on calibration data.
+        above: the bound beyond which it falls back.
+        algorithm: quantizes it otherwise; None leaves it float.
+        spec: what it becomes then; None for float.
+    """
+
+    metric: str
+    above: float
+    algorithm: Algorithm | None = None
+    spec: QuantSpec | None = None
 
 
 class Processor:
@@ -55,15 +77,25 @@ class Processor:
 class Algorithm(Processor, ABC):
     """Does maths on a unit; knows no model family, no file format and no device.
 
-    The engine calls, in this order: ``from_config``, ``patterns``, ``select`` and ``check`` while
-    planning, then ``needs`` and ``apply`` for every unit.
+    The engine calls, in this order: ``from_config``, ``patterns``, ``select``, ``check`` and
+    ``edits`` while planning, then ``needs`` and ``apply`` for every unit.
 
     Attributes:
         requires: hooks of the adapter without which the algorithm cannot work.
         takes_experts: True when ``apply`` takes the linears of fused experts, an ``ExpertLinear`` for
             all experts of a layer, and answers with ``QuantizedExperts``. ``select`` sees each
             expert's linears one by one in any case. The plan refuses to give them to other algorithms.
+        rescales: True when ``apply`` changes what flows into linears without changing the model, and
+            says so by ``statistics.rescale``. Later algorithms then see statistics that followed; what
+            cannot follow is measured in another pass.
+        compensates: True when it makes up for errors of earlier layers, which it can only see in
+            inputs that passed them quantized: the default of ``propagation``.
+        fallback: what becomes of its linears where the result is bad; None keeps them.
     """
+
+    rescales: bool = False
+    compensates: bool = False
+    fallback: Fallback | None = None
 
     requires: ClassVar[frozenset[str]] = frozenset()
     takes_experts: ClassVar[bool] = False
@@ -101,6 +133,10 @@ class Algorithm(Processor, ABC):
     def needs(self, unit: Unit) -> Mapping[str, frozenset[type[Statistic]]]:
         """Statistics wanted of the inputs of the unit's linears, by linear name. Empty: no calibration."""
         return {}
+
+    def edits(self, unit: Unit) -> frozenset[str]:
+        """Full names of the parameters that ``apply`` changes in place, or adds; the unit may be on meta."""
+        return frozenset()
 
     @abstractmethod
     def apply(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, nn.Module]:

@@ -31,7 +31,9 @@ from modelslim.types import (
     Problem,
     ProcessRequest,
     QuantSpec,
+    Subgraph,
     TensorSpec,
+    Topology,
     WeightSource,
 )
 from modelslim.vlm_dataset import VlmCalibSample
@@ -69,10 +71,12 @@ __all__ = [
     "Selector",
     "Statistic",
     "StoredTensor",
+    "Subgraph",
     "TensorRange",
     "TensorRecord",
     "TensorSpec",
     "TokenCount",
+    "Topology",
     "Unit",
     "UnitStatistics",
     "UsageError",

@@ -21,7 +21,7 @@ from modelslim.errors import DatasetError, Diagnostic, ModelSlimError, ProtocolE
 from modelslim.guard import prove_forward
 from modelslim.loader import Loader
 from modelslim.model_info import ModelInfo, describe
-from modelslim.plan_checks import Checks, Step, with_scale_dtypes
+from modelslim.plan_checks import Checks, Step, with_scale_dtypes, with_subgraphs
 from modelslim.protocol.document import shorten
 from modelslim.protocol.model import Protocol
 from modelslim.protocol.validate import read_protocol
@@ -79,6 +79,21 @@ class Plan:
         """What the quantized linears become, by name."""
         return self.planned.specs
 
+    @property
+    def propagates_quantized(self) -> bool:
+        """True when a unit's quantized outputs, not its float ones, calibrate the next."""
+        asked = self.protocol.propagation
+        return asked == "quantized" or (asked == "auto" and any(step.algorithm.compensates for step in self.steps))
+
+    def claimed(self, unit: str) -> dict[str, QuantSpec]:
+        """What the modules of a unit become whose linears are quantized, by name."""
+        return {one.module: self.specs[one.name] for one in self.info.by_unit[unit] if one.name in self.specs}
+
+    def stored_keys(self, parameter: str) -> tuple[str, ...]:
+        """Names of the stored tensors that make a parameter; none for one that was added."""
+        source = self.loader.sources.get(parameter)
+        return source.keys if source else ()
+
     def result_sizes(self) -> dict[str, int]:
         """Name and bytes of every tensor of the result."""
         sizes = {name: stored.nbytes for name, stored in self.checkpoint.tensors.items() if name not in self.replaced}
@@ -91,9 +106,8 @@ class Plan:
         """Stored tensors that quantized ones replace."""
         keys: set[str] = set()
         for module in {self.info.linears[name].module for name in self.specs}:
-            for parameter in ("weight", "bias"):
-                source = self.loader.sources.get(f"{module}.{parameter}")
-                keys.update(source.keys if source else ())
+            for part in ("weight", "bias"):
+                keys.update(self.stored_keys(f"{module}.{part}"))
         return frozenset(keys)
 
 
@@ -144,9 +158,11 @@ def make_plan(
     saver: Saver = registry.load("savers", protocol.save[0].type).from_config(protocol.save[0].config)
     steps = with_scale_dtypes(steps, saver, info.dtype)
     specs = {linear: spec for step in steps for linear, spec in step.specs.items()}
+    steps = with_subgraphs(steps, session, model)
     planned = PlannedModel(checkpoint.config, info.dtype, info.linears, specs, frozenset(checkpoint.tensors))
     checks.saver(saver, planned, protocol.save[0].path, steps)
     checks.shared(steps, loader.sources)
+    checks.edits(steps, model, loader.sources)
     calibrate = needs_calibration(steps, info, model)
     checks.hooks(steps, session, calibrate)
     dataset = _find_dataset(protocol, checks, registry, config_path.parent, calibrate)
@@ -226,8 +242,7 @@ def _together_with(diagnostics: Sequence[Diagnostic]) -> Iterator[None]:
 
 def needs_calibration(steps: Sequence[Step], info: ModelInfo, model: nn.Module) -> bool:
     """True when an algorithm wants statistics of some unit."""
-    modules = {name: model.get_submodule(name) for names in info.holders.values() for name in names}
-    return any(step.algorithm.needs(step.unit("", modules)) for step in steps)
+    return any(step.algorithm.needs(step.unit(unit, model)) for unit in (*info.units, "") for step in steps)
 
 
 def _left_float(info: ModelInfo, model: nn.Module) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 from modelslim.algorithm import Algorithm, Entry, Processor, Unit
 from modelslim.errors import Diagnostic, nearest
@@ -18,7 +18,10 @@ from modelslim.protocol.model import Protocol
 from modelslim.registry import Registry
 from modelslim.saver import PlannedModel, Saver
 from modelslim.session import Session
-from modelslim.types import Problem, QuantSpec, WeightSource
+from modelslim.types import Problem, QuantSpec, Subgraph, WeightSource
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Place = tuple[str | int, ...]
 
@@ -32,22 +35,26 @@ class Step:
         path: its entry in the protocol.
         specs: what it makes of which linears; empty for an algorithm that quantizes nothing itself.
         info: the model's structure.
+        subgraphs: what smoothing may rescale, by unit; empty unless some algorithm wants to know.
     """
 
     algorithm: Algorithm
     path: Place
     specs: Mapping[str, QuantSpec]
     info: ModelInfo
+    subgraphs: Mapping[str, Sequence[Subgraph]] = field(default_factory=dict)
 
-    def unit(self, name: str, modules: Mapping[str, Any]) -> Unit:
+    def unit(self, name: str, model: nn.Module) -> Unit:
         """The unit as this algorithm sees it.
 
         Args:
             name: the unit; empty for what lies outside all units.
-            modules: the modules that hold the unit's linears, by name.
+            model: the model, on meta or with the unit loaded.
         """
-        chosen = self._by_module
-        return Unit(name, modules, {module: chosen[module] for module in modules if module in chosen})
+        linears = {holder: model.get_submodule(holder) for holder in self.info.holders[name]}
+        specs = {linear: self._by_module[linear] for linear in linears if linear in self._by_module}
+        modules = dict(model.get_submodule(name).named_modules(prefix=name)) if name else {}
+        return Unit(name, linears, specs, modules, self.subgraphs.get(name, ()))
 
     @cached_property
     def _by_module(self) -> Mapping[str, QuantSpec]:
@@ -123,6 +130,26 @@ class Checks:
             )
         for problem in saver.check(model):
             self._add(problem, path, origin)
+
+    def edits(self, steps: Sequence[Step], model: nn.Module, sources: Mapping[str, WeightSource]) -> None:
+        """Refuse to change weights that cannot be written back in the form in which they are stored."""
+        for step in steps:
+            if not step.algorithm.rescales:
+                continue
+            names = {name for unit in self._info.units for name in step.algorithm.edits(step.unit(unit, model))}
+            quantized = {self._info.linears[one].module for other in steps for one in other.specs}
+            for name in sorted(names):
+                owner = name.rpartition(".")[0]
+                source = sources.get(name)
+                whole = source is None or source.convert is None or owner in self._info.banks
+                if not whole and owner not in quantized:
+                    self.refuse(
+                        step.path,
+                        f"changes {name}, which is put together from {source.keys[0] if source else ''} and others and "
+                        "stays float, so that it cannot be written back",
+                        "quantize it, or exclude it here",
+                    )
+                    break
 
     def shared(self, steps: Sequence[Step], sources: Mapping[str, WeightSource]) -> None:
         """Refuse to quantize a part of a stored tensor whose other parts would then be lost."""
@@ -238,6 +265,20 @@ def with_scale_dtypes(steps: Sequence[Step], saver: Saver, model_dtype: str) -> 
         replace(step, specs={name: refined.setdefault(spec, refine(spec)) for name, spec in step.specs.items()})
         for step in steps
     ]
+
+
+def with_subgraphs(steps: Sequence[Step], session: Session, model: nn.Module) -> list[Step]:
+    """The steps with what smoothing may rescale, by unit, when one of them wants to know and the adapter can tell."""
+    hook = "get_adapter_config_for_subgraph"
+    if not any(hook in step.algorithm.requires for step in steps) or not session.has(hook):
+        return list(steps)
+    topology = session.get_adapter_config_for_subgraph(model)
+    by_unit: dict[str, list[Subgraph]] = {}
+    for subgraph in topology.subgraphs if topology else ():
+        name = subgraph.targets[0]
+        unit = next((unit for unit in steps[0].info.units if name.startswith(f"{unit}.")), "")
+        by_unit.setdefault(unit, []).append(subgraph)
+    return [replace(step, subgraphs=by_unit) for step in steps]
 
 
 def _nearest_part(pattern: str, info: ModelInfo) -> str:

@@ -68,6 +68,11 @@ class PortCollector:
         self._seen.clear()
 
     @property
+    def wanted(self) -> frozenset[str]:
+        """Names of what is measured."""
+        return frozenset(self._needs)
+
+    @property
     def ports(self) -> Mapping[str, Port]:
         """What was measured at linears; one that no token reached is missing."""
         return self._ports

@@ -55,19 +55,26 @@ class ResultWriter:
         self._pool.shutdown(cancel_futures=True)
         self._shards.abandon()
 
-    def put(self, unit: str, modules: Mapping[str, QuantizedLinear], copies: Sequence[str]) -> None:
+    def put(
+        self,
+        unit: str,
+        modules: Mapping[str, QuantizedLinear],
+        edited: Mapping[str, Tensor],
+        copies: Sequence[str],
+    ) -> None:
         """Write a unit's quantized linears and copy its other tensors; waits for the unit before.
 
         Args:
             unit: its name, for the journal; empty for what lies outside the units.
             modules: quantized linears, and those of fused experts, on the CPU, by name in the model.
+            edited: float tensors that an algorithm changed, on the CPU, by stored name.
             copies: stored tensors that go into the result unchanged.
 
         Raises:
             SaveError, ModelError: writing or reading failed, for this unit or the one before.
         """
         self._wait()
-        self._pending = self._pool.submit(self._write, unit, modules, copies)
+        self._pending = self._pool.submit(self._write, unit, modules, edited, copies)
 
     def finish(self) -> list[TensorRecord]:
         """Write what remains: indices, descriptions, config.json, the files beside the weights.
@@ -89,12 +96,20 @@ class ResultWriter:
             self._pending.result()
             self._pending = None
 
-    def _write(self, unit: str, modules: Mapping[str, QuantizedLinear], copies: Sequence[str]) -> None:
+    def _write(
+        self,
+        unit: str,
+        modules: Mapping[str, QuantizedLinear],
+        edited: Mapping[str, Tensor],
+        copies: Sequence[str],
+    ) -> None:
         saver, dtype = self._plan.saver, self._plan.info.dtype
         first = len(self._records)
         for stored, linear in self._stored(modules):
             for name, tensor in saver.encode(stored, linear, dtype):
                 self._add(name, tensor, linear.spec)
+        for name, tensor in edited.items():
+            self._add(name, tensor, None)
         for name in copies:
             source = self._plan.checkpoint.tensors[name]
             self._shards.add(name, source.dtype, source.shape, source.nbytes, self._plan.checkpoint.chunks(name))
@@ -113,7 +128,7 @@ class ResultWriter:
             else:
                 yield info.linears[name].stored, module
 
-    def _add(self, name: str, tensor: Tensor, spec: QuantSpec) -> None:
+    def _add(self, name: str, tensor: Tensor, spec: QuantSpec | None) -> None:
         data = byte_view(tensor.contiguous())
         self._shards.add(name, DTYPE_NAMES[tensor.dtype], tensor.shape, len(data), [data] if len(data) else [])
         self._records.append(TensorRecord(name, spec, len(data)))

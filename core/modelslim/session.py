@@ -18,7 +18,7 @@ import pluggy
 
 from modelslim import hookspecs
 from modelslim.errors import CapabilityError, PluginError, nearest
-from modelslim.types import DecodedTensor, ProcessRequest, WeightSource
+from modelslim.types import DecodedTensor, ProcessRequest, Topology, WeightSource
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -138,10 +138,10 @@ class Session:
         sources: Mapping[str, WeightSource] | None = self._ask("get_weight_sources", model=model, shapes=shapes)
         return sources
 
-    def get_adapter_config_for_subgraph(self, model: nn.Module) -> Sequence[Any] | None:
+    def get_adapter_config_for_subgraph(self, model: nn.Module) -> Topology | None:
         """What smoothing may rescale; None when the adapter does not say."""
-        subgraphs: Sequence[Any] | None = self._ask("get_adapter_config_for_subgraph", model=model)
-        return subgraphs
+        topology: Topology | None = self._ask("get_adapter_config_for_subgraph", model=model)
+        return topology
 
     def get_ln_fuse_map(self, model: nn.Module) -> Any:
         """Which norms feed which linears; None when the adapter does not say."""

@@ -9,7 +9,7 @@ activations: nothing here waits for the device during the pass.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -51,6 +51,10 @@ class TokenCount(Statistic):
         """Add what another instance saw."""
         assert isinstance(other, TokenCount)
         self.tokens += other.tokens
+
+    def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> TokenCount:
+        """As many as before."""
+        return self
 
 
 class TensorRange(Statistic):
@@ -294,8 +298,8 @@ class UnitStatistics:
     """
 
     def __init__(self, ports: Mapping[str, Port], experts: Mapping[str, Sequence[Port]] | None = None) -> None:
-        self._ports = ports
-        self._experts = experts or {}
+        self._ports = dict(ports)
+        self._experts = dict(experts or {})
 
     def get(self, linear: str, kind: type[S]) -> S:
         """The statistic of that kind at the input of that linear.
@@ -303,9 +307,7 @@ class UnitStatistics:
         Raises:
             KeyError: it was not declared by ``Algorithm.needs``.
         """
-        statistic = self._ports[linear][kind]
-        assert isinstance(statistic, kind)
-        return statistic
+        return _of(self._ports[linear], kind)
 
     def get_experts(self, linear: str, kind: type[S]) -> list[S]:
         """The statistics of that kind at the input of an ``ExpertLinear``, one for each expert.
@@ -313,5 +315,49 @@ class UnitStatistics:
         Raises:
             KeyError: it was not declared by ``Algorithm.needs``.
         """
-        statistics = [port[kind] for port in self._experts[linear]]
-        return [statistic for statistic in statistics if isinstance(statistic, kind)]
+        return [_of(port, kind) for port in self._experts[linear]]
+
+    def shares_port(self, linear: str, other: str) -> bool:
+        """True when both linears read the same tensor."""
+        return linear in self._ports and self._ports.get(other) is self._ports[linear]
+
+    def rescale(self, linears: Iterable[str], scale: Tensor, shift: Tensor | None = None) -> None:
+        """Say that the inputs of these linears are ``(x - shift) / scale`` from now on.
+
+        Args:
+            linears: names of linears, fused experts or other measured modules; unmeasured ones are passed over.
+            scale: [channels], positive.
+            shift: [channels], or None for no shift.
+        """
+        # Linears that shared a port share the new one.
+        done: dict[int, Port] = {}
+
+        def follow(port: Port) -> Port:
+            if id(port) not in done:
+                done[id(port)] = {kind: statistic.rescaled(scale, shift) for kind, statistic in port.items()}
+            return done[id(port)]
+
+        before = dict(self._ports), dict(self._experts)  # keeps the identities alive
+        for linear in linears:
+            if linear in before[0]:
+                self._ports[linear] = follow(before[0][linear])
+            elif linear in before[1]:
+                self._experts[linear] = [follow(port) for port in before[1][linear]]
+
+
+def follows_rescaling(kind: type[Statistic]) -> bool:
+    """True when the engine can tell a statistic of this kind after a rescaling without a new pass."""
+    return kind.rescaled is not Statistic.rescaled or kind is TensorRange
+
+
+def _of(port: Port, kind: type[S]) -> S:
+    """The statistic of that kind; the range of the whole is told from those of the channels."""
+    if kind is TensorRange and ChannelRange in port:
+        ranges = port[ChannelRange]
+        assert isinstance(ranges, ChannelRange)
+        whole = ranges.whole()
+        assert isinstance(whole, kind)
+        return whole
+    statistic = port[kind]
+    assert isinstance(statistic, kind)
+    return statistic

@@ -187,3 +187,48 @@ class DecodedTensor:
     dtype: str
     shape: tuple[int, ...]
     decode: Callable[[list[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Subgraph:
+    """A tensor inside a unit that may be divided by a scale, one positive number per channel, without changing the model.
+
+    What makes the tensor is divided by the scale, and every weight that reads it is multiplied along its inputs.
+    The function stays the same only because ``targets`` names all readers: the module that makes the tensor is
+    linear in it (or a norm), and what lies between keeps channels apart and is linear in each.
+
+    Attributes:
+        type: ``norm-linear`` (a norm and the linears behind it), ``ov`` (values and the output projection of an
+            attention), ``up-down`` (up and down projection of an MLP), ``linear-linear`` (two linears with
+            nothing but channelwise linear steps between) or ``non-fusion`` (no source: the scale is applied to
+            the input of the targets when the model runs).
+        source: full name of the module whose output is divided: weight rows and bias; empty for ``non-fusion``.
+        targets: full names of all modules that read the tensor; each has a weight [..., out, in]: linears,
+            ``ExpertLinear`` banks, routers.
+        heads: attention heads and key/value heads, for ``ov``. Channels of the source are [key/value heads,
+            size of a head], inputs of the target [attention heads, size of a head]; consecutive attention heads
+            share one key/value head, and so must their scales.
+        rows: rows of the source's weight that make the channels, in the order of the channels; for an
+            ``ExpertLinear`` bank the rows within each expert. None: all rows in order.
+        unit_offset: True for a norm that multiplies by (1 + weight).
+    """
+
+    type: str
+    source: str
+    targets: tuple[str, ...]
+    heads: tuple[int, int] | None = None
+    rows: tuple[int, ...] | None = None
+    unit_offset: bool = False
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where smoothing may act in a model.
+
+    Attributes:
+        subgraphs: every subgraph; each lies within one unit.
+        left_out: why a place has no subgraph, by the name of the module or by a pattern of names.
+    """
+
+    subgraphs: tuple[Subgraph, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)

@@ -337,7 +337,9 @@ def test_a_name_that_nobody_registered_is_a_warning(capfd: pytest.CaptureFixture
     ]
     assert main(["plan", *words]) == 0
     message = "no adapter is registered for --model_type qwen3_vl_moe_by_hnad"
-    assert message in capfd.readouterr().err
+    warning = capfd.readouterr().err
+    assert message in warning
+    assert "did you mean 'qwen3_vl_moe_by_hand'?" in warning
     assert message in GUIDE
 
 

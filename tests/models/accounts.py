@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from ascend_rules import Linear, Output, Stored, decode, type_of
+from ascend_output import Linear, Output, Stored, decode, type_of
 
 
 class Stack(NamedTuple):
@@ -37,7 +37,7 @@ STACKS: Mapping[str, Stack] = {
 def linears_of(source: Mapping[str, Stored], model_type: str) -> dict[str, Linear]:
     """Every matrix of a checkpoint that could be a linear, the stacked experts taken apart."""
     linears = {}
-    stacked = set()
+    stacked: set[str] = set()
     for key, name, weight, bias_key, bias in _stacked(source, model_type):
         sources = frozenset({key} if bias is None else {key, bias_key})
         linears[name] = Linear(weight, bias, sources)
@@ -45,9 +45,9 @@ def linears_of(source: Mapping[str, Stored], model_type: str) -> dict[str, Linea
     for key, tensor in source.items():
         name = key.removesuffix(".weight")
         if key not in stacked and name != key and tensor.data.ndim == 2:
-            bias = source.get(f"{name}.bias")
-            names = {key} if bias is None else {key, f"{name}.bias"}
-            linears[name] = Linear(tensor.data, None if bias is None else bias.data, frozenset(names))
+            added = source.get(f"{name}.bias")
+            names = {key} if added is None else {key, f"{name}.bias"}
+            linears[name] = Linear(tensor.data, None if added is None else added.data, frozenset(names))
     return linears
 
 

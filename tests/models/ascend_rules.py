@@ -6,17 +6,13 @@ Written from the engine's side and independent of the saver: nothing of the proj
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+from ascend_output import Linear, Output, Stored, decode, parts_of, type_of
 
-DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1", "BOOL": "?"}
 GLOBAL_KEYS = {"version", "model_quant_type", "group_size", "metadata", "optional"}
 DENSE_TYPES = {"FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A16"}
 EXPERT_TYPES = {"FLOAT", "W8A8_DYNAMIC", "W4A8_DYNAMIC", "W4A16"}
@@ -45,75 +41,6 @@ ROW_PARALLEL = {
 EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(\w+)")
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor with its dtype in the words of safetensors; bfloat16 is widened to float32."""
-
-    dtype: str
-    data: np.ndarray
-
-
-@dataclass
-class Output:
-    """A checkpoint as it lies on the disk."""
-
-    tensors: dict[str, Stored]
-    description: dict[str, Any]
-    config: dict[str, Any]
-    index: dict[str, Any]
-    files: set[str]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """What the source says of a linear: weight [N, K] and bias [N], float32, and the tensors that hold them."""
-
-    weight: np.ndarray
-    bias: np.ndarray | None
-    sources: frozenset[str]
-
-
-def read_tensors(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file."""
-    raw = file.read_bytes()
-    start = 8 + int.from_bytes(raw[:8], "little")
-    tensors = {}
-    for name, entry in json.loads(raw[8:start]).items():
-        if name == "__metadata__":
-            continue
-        first, last = entry["data_offsets"]
-        data = np.frombuffer(raw[start + first : start + last], DTYPES.get(entry["dtype"], "<u2"))
-        if entry["dtype"] == "BF16":
-            data = (data.astype("<u4") << 16).view("<f4")
-        tensors[name] = Stored(entry["dtype"], data.reshape(entry["shape"]))
-    return tensors
-
-
-def read_output(directory: Path) -> Output:
-    """A whole checkpoint."""
-
-    def document(name: str) -> dict[str, Any]:
-        file = directory / name
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
-
-    tensors: dict[str, Stored] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        tensors.update(read_tensors(file))
-    return Output(
-        tensors,
-        document("quant_model_description.json"),
-        document("config.json"),
-        document("quant_model_weights.safetensors.index.json"),
-        {file.name for file in directory.iterdir()},
-    )
-
-
-def type_of(output: Output, linear: str) -> str:
-    """The type of a linear; empty when the description does not name it."""
-    names = (f"{linear}.weight", f"{linear}.weight_packed")
-    return next((str(output.description[name]) for name in names if name in output.description), "")
-
-
 def find_problems(output: Output, linears: Mapping[str, Linear]) -> Iterator[str]:
     """Everything that the engine would refuse, or read wrongly.
 
@@ -140,34 +67,6 @@ def find_unsupported(output: Output, linears: Mapping[str, Linear]) -> Iterator[
     for name in linears:
         if type_of(output, name) not in (EXPERT_TYPES if EXPERT.fullmatch(name) else DENSE_TYPES):
             yield name
-
-
-def decode(output: Output, name: str) -> np.ndarray:
-    """The weight of a quantized linear as the engine multiplies with it, float32 [N, K]."""
-    parts = _parts(output, name)
-    type_ = type_of(output, name)
-    if type_ == "W4A16":
-        words = parts["weight_packed"].data.view("<u4")
-        codes = (words[:, :, None] >> np.arange(0, 32, 4, dtype="<u4")) & 15
-        codes = codes.reshape(len(words), -1).astype("<f4") - 8
-    elif type_ == "W4A8_DYNAMIC":
-        pairs = parts["weight"].data.view("u1")
-        nibbles = np.stack([pairs & 15, pairs >> 4], 1).reshape(-1, pairs.shape[1]).astype("<i4")
-        codes = np.where(nibbles > 7, nibbles - 16, nibbles).astype("<f4")
-    else:
-        codes = parts["weight"].data.astype("<f4")
-    if type_ == "W8A8":
-        return codes * (parts["deq_scale"].data / parts["input_scale"].data)[:, None]
-    scale = parts["weight_scale"].data
-    groups = codes.reshape(len(codes), scale.shape[1], -1)
-    if type_ in ("W8A16", "W4A16") and "weight_offset" in parts:
-        groups = groups + parts["weight_offset"].data[:, :, None]
-    return (groups * scale[:, :, None]).reshape(codes.shape)
-
-
-def _parts(output: Output, name: str) -> dict[str, Stored]:
-    size = len(name) + 1
-    return {key[size:]: tensor for key, tensor in output.tensors.items() if key.rpartition(".")[0] == name}
 
 
 def _files(output: Output) -> Iterator[str]:
@@ -213,7 +112,7 @@ def _finite(output: Output) -> Iterator[str]:
 
 def _linear(output: Output, name: str, type_: str, linear: Linear) -> Iterator[str]:
     rows, columns = linear.weight.shape
-    parts = _parts(output, name)
+    parts = parts_of(output, name)
     expected = _layout(name, type_, rows, columns, output.description["group_size"])
     if linear.bias is not None:
         expected["bias"] = ("F32", (rows,))

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from accounts import dequantized, find_unaccounted, linears_of
-from ascend_rules import Linear, Output, Stored, find_problems, find_unsupported, read_output, read_tensors
+from ascend_output import Linear, Output, Stored, read_output, read_tensors
+from ascend_rules import find_problems, find_unsupported
 from checkpoints import write_family, write_samples
 from families import FAMILIES
 from safetensors.torch import save_file

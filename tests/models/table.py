@@ -22,12 +22,12 @@ takes them. A cell says what came of it:
 - *runs*: the plan passes and `quant` writes a result. Every tensor of the source is quantized, or copied to the bit.
   The result keeps the rules by which vLLM-Ascend reads ascendv1, checked by a reader that is independent of the saver.
 - *loads*: the result is opened again and run. Its logits are near those of the float model, and near those that
-  transformers computes with the weights that the result stands for.
+  transformers computes with the weights that the result stands for. No engine takes part in this.
 - *no*: the plan or the run refuses it; the note has the words of the refusal.
 
 A note behind *runs, loads* is a warning of the plan. For every family, the forward unit by unit equals the whole
-forward of transformers to the bit. Some checkpoints of DeepSeek and GLM have a layer of multi-token prediction, which
-is quantized too.
+forward of transformers to the bit. The checkpoints of DeepSeek and of GLM with experts have a layer of multi-token
+prediction, which is quantized too; that of glm4v_moe is copied.
 
 W8A8 is static; routed experts are W8A8_DYNAMIC in it, since the engine has no static experts. W4A8_DYNAMIC of a model
 with routed experts is W4A8_DYNAMIC in these and W8A8_DYNAMIC elsewhere. W4A16 has groups of 32. All linears of the

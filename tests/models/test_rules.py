@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accounts import find_unaccounted
-from ascend_rules import Output, Stored, find_problems, read_output
+from ascend_output import Output, Stored, read_output
+from ascend_rules import find_problems
 from cells import FamilyRun
 from schemes import write_protocol
 

@@ -63,6 +63,8 @@ class Protocol:
         process: the main stage's processors, in order; at least one.
         save: the savers; at least one.
         dataset: name or path of the calibration set.
+        propagation: whose outputs calibrate the next unit: ``float``, ``quantized``, or ``auto``, which
+            takes the quantized ones when an algorithm compensates errors.
         experts: how experts are calibrated; one of ``modelslim.coverage.POLICIES``.
         default_text: prompt of samples that come without one; None where the apiversion has none.
         metadata: what a practice says about itself; empty when it says nothing.
@@ -76,6 +78,7 @@ class Protocol:
     save: tuple[SaverEntry, ...]
     dataset: str
     experts: str
+    propagation: str
     default_text: str | None
     metadata: Mapping[str, Any]
     document: Document = field(repr=False)

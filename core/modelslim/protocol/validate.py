@@ -206,6 +206,7 @@ def _protocol(
         ),
         dataset=setting("dataset"),
         experts=setting("experts"),
+        propagation=setting("propagation"),
         default_text=setting("default_text"),
         metadata=metadata if ("metadata",) not in wrong else {},
         document=document,
