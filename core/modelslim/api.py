@@ -23,7 +23,16 @@ from modelslim.hookspecs import hookimpl
 from modelslim.patterns import Selector
 from modelslim.quantized import QuantizedExperts, QuantizedLinear, QuantizedTensor, range_to_scale
 from modelslim.saver import PlannedModel, SavedLinear, Saver, TensorRecord
-from modelslim.statistics import Statistic, TensorRange, TokenCount, UnitStatistics
+from modelslim.statistics import (
+    ChannelAbsMean,
+    ChannelRange,
+    Gram,
+    RowSample,
+    Statistic,
+    TensorRange,
+    TokenCount,
+    UnitStatistics,
+)
 from modelslim.types import (
     FLOAT,
     DecodedTensor,
@@ -43,12 +52,15 @@ __all__ = [
     "WHOLE",
     "Algorithm",
     "CapabilityError",
+    "ChannelAbsMean",
+    "ChannelRange",
     "Checkpoint",
     "DatasetError",
     "DecodedTensor",
     "Entry",
     "ExpertLinear",
     "FusedExperts",
+    "Gram",
     "InvalidDatasetError",
     "LinearInfo",
     "ModelError",
@@ -65,6 +77,7 @@ __all__ = [
     "QuantizedExperts",
     "QuantizedLinear",
     "QuantizedTensor",
+    "RowSample",
     "SaveError",
     "SavedLinear",
     "Saver",

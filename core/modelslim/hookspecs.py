@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from modelslim.types import DecodedTensor, ProcessRequest, WeightSource
+from modelslim.types import DecodedTensor, ProcessRequest, Topology, WeightSource
 
 if TYPE_CHECKING:
     from torch import nn
@@ -227,20 +227,28 @@ def get_weight_sources(  # type: ignore[empty-body]
 
 
 @hookspec(firstresult=True)
-def get_adapter_config_for_subgraph(model: nn.Module) -> Sequence[Any]:  # type: ignore[empty-body]
-    """Describe what smoothing may rescale: norm-linear, ov, up-down and linear-linear subgraphs.
+def get_adapter_config_for_subgraph(model: nn.Module) -> Topology:  # type: ignore[empty-body]
+    """Say what smoothing may rescale, and what it may not and why.
+
+    A subgraph that forgets a reader of its source changes what the model computes, and no error tells it.
+    Prove yours on a tiny model: divide, multiply, compare the outputs.
 
     Args:
         model: the model, possibly on meta.
 
     Returns:
-        Subgraph descriptions. Absent: algorithms that need the topology are refused by the plan.
+        Subgraphs by the full names of their modules, each within one unit, and the reasons for what is
+        left out. Absent: algorithms that need the topology are refused by the plan.
 
     Example::
 
         @hookimpl
         def get_adapter_config_for_subgraph(self, model):
-            return [Subgraph("norm-linear", source="layers.0.norm", targets=["layers.0.q", "layers.0.k"])]
+            layers = [f"layers.{index}" for index in range(len(model.layers))]
+            return Topology(
+                tuple(Subgraph("norm-linear", f"{layer}.norm", (f"{layer}.gate", f"{layer}.up")) for layer in layers),
+                {"layers.*.down": "the gate is applied to its input after a softmax over the channels"},
+            )
     """
 
 

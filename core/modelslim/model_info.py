@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+import torch
 from torch import nn
 
 from modelslim.errors import ModelError, nearest
@@ -94,8 +95,7 @@ def describe(model: nn.Module, visit: Sequence[ProcessRequest], loader: Loader) 
     for name, module in modules.items():
         unit = next((outer for outer in _self_and_parents(name) if outer in known), "")
         router = _is_router(name, module, experts)
-        # A linear with a forward of its own (a router that answers with a choice) is more than a product.
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not router:
+        if isinstance(module, nn.Linear) and _is_product(module) and not router:
             stored = _stored_name(name, loader)
             if stored is not None:
                 linears[name] = LinearInfo(
@@ -137,12 +137,27 @@ def _numbers_of_experts(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     return numbers
 
 
+def _is_product(linear: nn.Linear) -> bool:
+    """False for a subclass that answers with something else than the product, such as a choice of experts."""
+    if type(linear).forward is nn.Linear.forward or not linear.weight.is_meta:
+        return True
+    row = torch.empty((1, linear.in_features), dtype=linear.weight.dtype, device=linear.weight.device)
+    try:
+        answer = type(linear).forward(linear, row)
+    except (TypeError, ValueError, RuntimeError):  # it wants other arguments, or other shapes
+        return False
+    return isinstance(answer, torch.Tensor) and answer.shape == (1, linear.out_features)
+
+
 def _is_router(name: str, module: nn.Module, experts: Mapping[str, int]) -> bool:
-    """True for a linear beside experts with an output for each of them; engines have no quantized routers."""
+    """True for a linear beside experts with an output for each of them, or a single one, the gate of a shared expert.
+
+    Engines have neither of them quantized.
+    """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or ".experts." in name:
         return False
-    return any(experts.get(parent) == len(weight) for parent in _self_and_parents(name)[:-1])
+    return any(len(weight) in (experts[parent], 1) for parent in _self_and_parents(name)[:-1] if parent in experts)
 
 
 def _expert_linears(name: str, module: ExpertLinear, unit: str, loader: Loader) -> Bank:

@@ -155,7 +155,8 @@ class Checks:
         """Refuse to quantize a part of a stored tensor whose other parts would then be lost."""
         parts: dict[str, list[str]] = {}
         for parameter, source in sources.items():
-            for key in source.keys:
+            # An adapter may also name what the model does not have.
+            for key in source.keys if parameter.rpartition(".")[0] in self._info.modules else ():
                 parts.setdefault(key, []).append(parameter)
         quantized = {
             f"{self._info.linears[linear].module}.{parameter}": step.path
@@ -198,7 +199,9 @@ class Checks:
                     hint = "it matches experts that are stacked in a way unknown to the adapter; they stay float"
                 elif "router" in reasons:
                     hint = "it matches routers, which stay float: engines have no quantized ones"
-            if any(matches_name(linear.name, pattern) for linear in linears):
+            if not any(linear.unit for linear in linears):
+                hint = "the layers of this model hold no linear that can be quantized, only modules of other classes"
+            elif any(matches_name(linear.name, pattern) for linear in linears):
                 hint = "it matches linears outside the layers, which must be named outright, as in 'lm_head'"
             self.refuse((*path, *place), f"the pattern {pattern!r} matches no linear of the model", hint)
 

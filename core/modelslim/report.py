@@ -58,7 +58,7 @@ def make_report(
         "samples": len(plan.samples),
         "bytes_before": before,
         "bytes_after": after,
-        "schemes": dict(Counter(spec.scheme for spec in plan.specs.values())),
+        "schemes": _schemes(plan, units),
         "tensors": {
             "source": len(plan.checkpoint.tensors),
             "replaced": len(plan.replaced),
@@ -70,6 +70,14 @@ def make_report(
         "versions": versions(plan),
         "units": list(units),
     }
+
+
+def _schemes(plan: Plan, units: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many linears have which scheme, each expert's counted."""
+    fallen = {name: fate["to"] for unit in units for name, fate in unit.get("fell_back", {}).items()}
+    return dict(
+        Counter(fallen.get(plan.info.linears[name].module, spec.scheme) for name, spec in plan.specs.items())
+    )
 
 
 def peak_memory() -> int | None:

@@ -77,8 +77,38 @@ def command(
         borrowed = sum(len(unit.get("borrowed", ())) for unit in report["units"])
         what = f"; {borrowed} of their linears are calibrated by the other experts' tokens" if borrowed else ""
         output.warn(f"{len(unseen)} experts saw no calibration token, such as {unseen[0]}{what}; see report.json")
+    worst = worst_linears(report)
+    if worst:
+        columns = ["least faithful linears", "scheme", "relative error", "SNR, dB", "clipped"]
+        output.table("", columns, worst)
     output.table(f"Quantized in {time.monotonic() - start:.1f} s", ["", ""], summary(report))
     output.data(report)
+
+
+def worst_linears(report: Mapping[str, Any], count: int = 10) -> list[tuple[str, ...]]:
+    """Rows of the linears whose outputs on calibration data are farthest from the float ones."""
+    found = [
+        (quality["relative_error"], name, unit["linears"][name], quality)
+        for unit in report["units"]
+        for name, quality in unit.get("quality", {}).items()
+    ]
+    return [
+        (
+            name,
+            scheme,
+            f"{error:.4f}",
+            "" if quality["snr_db"] is None else f"{quality['snr_db']:.1f}",
+            f"{quality['clipped']:.2%}",
+        )
+        for error, name, scheme, quality in sorted(found, key=lambda one: -one[0])[:count]
+    ]
+
+
+def fallen_back(report: Mapping[str, Any]) -> str:
+    """What fell back, in a few words; empty when nothing did."""
+    fallen = [(name, fate["to"]) for unit in report["units"] for name, fate in unit.get("fell_back", {}).items()]
+    more = f" and {len(fallen) - 1} more" if len(fallen) > 1 else ""
+    return f"{fallen[0][0]} to {fallen[0][1]}{more}" if fallen else ""
 
 
 def idle_experts(report: Mapping[str, Any]) -> list[str]:
@@ -103,6 +133,8 @@ def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("size", f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({before / after:.2f} times smaller)"),
         ("calibration", calibration),
     ]
+    if fallen := fallen_back(report):
+        rows.append(("fell back", fallen))
     if report["peak_memory_bytes"]:
         rows.append(("peak memory", f"{report['peak_memory_bytes'] / 1e6:,.0f} MB, imports included"))
     return rows

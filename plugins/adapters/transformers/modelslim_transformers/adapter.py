@@ -7,6 +7,7 @@ import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from modelslim.api import (
     DatasetError,
     ModelError,
     ProcessRequest,
+    Topology,
     VlmCalibSample,
     WeightSource,
     drive,
@@ -28,6 +30,8 @@ from modelslim_transformers.processor import load_processor
 from modelslim_transformers.sources import weight_sources
 from modelslim_transformers.structure import language_layers, towers
 from modelslim_transformers.tiny import write_tiny_checkpoint
+from modelslim_transformers.topology import Block, blocks, derive
+from modelslim_transformers.topology_proof import TinyModel, reproducible
 
 
 class TransformersAdapter:
@@ -235,6 +239,25 @@ class TransformersAdapter:
             return type(self)(self.model_type, tiny, self.trust_remote_code).build()
 
         return write_tiny_checkpoint(self.model_path, self.config, self.language_layers(model)[1], build, path)
+
+    @hookimpl
+    def get_adapter_config_for_subgraph(self, model: nn.Module) -> Topology:
+        """What is proven to be harmless on a tiny model of the architecture, carried over to this one."""
+        with TemporaryDirectory() as directory, reproducible():
+            path = Path(directory)
+            try:
+                inputs = self.make_tiny_checkpoint(model, path)
+                twin = type(self)(self.model_type, path, self.trust_remote_code)
+                tiny = twin.build().float().eval()
+                fuse_experts(tiny)
+                units = [request.name for request in twin.generate_model_visit(tiny)]
+                proof = TinyModel(tiny, units, inputs)
+            except Exception as error:  # whatever a model's code raises; nothing is proven then
+                return Topology(left_out={"*": f"no tiny model to prove subgraphs on: {first_line(error)}"})
+            return derive(self._blocks(model), twin._blocks(tiny), proof)
+
+    def _blocks(self, model: nn.Module) -> list[Block]:
+        return list(blocks(self.language_layers(model), list(self.towers(model))))
 
     @hookimpl
     def get_weight_sources(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, WeightSource]:

@@ -21,7 +21,7 @@ def language_layers(model: Any) -> tuple[str, nn.ModuleList]:
     # A vision tower may be larger than a small language model, so it must not take part.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
-    lists = list(_outermost_lists(decoder, prefix))
+    lists = list(outermost_lists(decoder, prefix))
     if not lists:
         raise ModelError(
             f"{type(model).__name__} has no list of layers", hint="write an adapter that names the model's units"
@@ -44,7 +44,7 @@ def towers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         found = {
             name: child
             for name, child in parent.named_children()
-            if name != part and not isinstance(child, nn.ModuleList) and any(_outermost_lists(child))
+            if name != part and not isinstance(child, nn.ModuleList) and any(outermost_lists(child))
         }
         for name in _in_order_of_calls(found, type(parent)) if len(found) > 1 else found:
             yield f"{prefix}{name}", found[name]
@@ -70,10 +70,10 @@ def _named_by(kind: type, method: str, seen: set[str]) -> Iterator[str]:
         yield name
 
 
-def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+def outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
     """Lists of modules by their paths, those inside another list left out."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList) and len(child):
             yield f"{prefix}{name}", child
         else:
-            yield from _outermost_lists(child, f"{prefix}{name}.")
+            yield from outermost_lists(child, f"{prefix}{name}.")

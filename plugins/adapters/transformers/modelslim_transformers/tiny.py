@@ -81,14 +81,14 @@ def count_layers(layers: Sequence[nn.Module] | nn.ModuleList, config: Any) -> in
     kinds: set[Any] = set()
     last = 1
     for index, layer in enumerate(layers):
-        kind = (*(str(value[index]) for value in by_layer), *_structure(layer))
+        kind = (*(str(value[index]) for value in by_layer), *structure(layer))
         if kind not in kinds:
             kinds.add(kind)
             last = max(last, index)
     return min(last + 1, len(layers))
 
 
-def _structure(layer: nn.Module) -> list[Any]:
+def structure(layer: nn.Module) -> tuple[Any, ...]:
     """The classes of a layer's modules and their switches: what is on, off, named, or there at all."""
     found: list[Any] = []
     for name, module in layer.named_modules():
@@ -98,4 +98,4 @@ def _structure(layer: nn.Module) -> list[Any]:
             if not key.startswith("_") and isinstance(value, (bool, str, int, float, type(None)))
         ]
         found.append((name, type(module).__name__, *switches))
-    return found
+    return tuple(found)

@@ -34,18 +34,20 @@ def make_inputs(model: Any) -> list[dict[str, Any]]:
     words = torch.tensor([token for token in range(FREE_TOKENS) if token not in taken])
     first, second = (words[torch.randint(len(words), (1, length))] for length in LENGTHS)
     if getattr(config, "vision_config", None) is None:
-        return [_text(first), _text(second)]
+        return [_text(model, first), _text(model, second)]
     count, picture = _picture(config)
     inputs = [_with_file(model, "image", "vision", first, count, picture)]
     if getattr(config, "audio_config", None) is not None:
         count, sound = _sound(model, config)
         inputs.append(_with_file(model, "audio", "audio", second, count, sound))
-    return [*inputs, _text(second)]
+    return [*inputs, _text(model, second)]
 
 
-def _text(words: Tensor) -> dict[str, Tensor]:
-    """A text that is not padded, said so for adapters that ask."""
-    return {"input_ids": words, "attention_mask": torch.ones_like(words)}
+def _text(model: Any, words: Tensor) -> dict[str, Tensor]:
+    """A text that is not padded, said so where the model can be told: adapters may ask for it."""
+    mask = {"attention_mask": torch.ones_like(words)}
+    taken = inspect.signature(type(model).forward).parameters
+    return {"input_ids": words, **(mask if "attention_mask" in taken else {})}
 
 
 def _with_file(

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The smoothing topology of any architecture: found and proven on a tiny model, then carried over to the real one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelslim.api import ExpertLinear, Subgraph, Topology
+from modelslim_transformers.structure import outermost_lists
+from modelslim_transformers.tiny import structure
+from modelslim_transformers.topology_layouts import head_size, layouts, spread
+from modelslim_transformers.topology_proof import Reaction, TinyModel, draw_scale
+
+NO_TWIN = "the tiny model, on which subgraphs are proven, has no layer like it"
+NO_CALL = "no input of the tiny model reaches it"
+NO_SOURCE = "no norm and no linear of its layer makes its input"
+NO_LINEAR = "it holds no linear"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer, or a block of a tower, whose modules subgraphs connect.
+
+    Attributes:
+        group: path of the list that holds it.
+        index: its place in the list.
+        module: itself.
+    """
+
+    group: str
+    index: int
+    module: nn.Module
+
+    @property
+    def name(self) -> str:
+        """Its full name."""
+        return f"{self.group}.{self.index}"
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What it has in common with blocks of the same subgraphs."""
+        return (self.group, structure(self.module))
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A subgraph by names relative to its block, with the layout of the source instead of rows."""
+
+    type: str
+    source: str
+    targets: tuple[str, ...]
+    layout: str = "all"
+    unit_offset: bool = False
+
+    def apply(self, block: Block) -> Subgraph:
+        """The subgraph of a block."""
+        source, target = (block.module.get_submodule(name) for name in (self.source, self.targets[0]))
+        rows, heads = None, None
+        if self.type != "norm-linear":
+            parent = _parent(block.module, self.source)
+            rows = dict(layouts(source, parent))[self.layout]
+            if self.type == "ov" and (size := head_size(parent)):
+                count = _size(source, "out_features") if rows is None else len(rows)
+                heads = (_size(target, "in_features") // size, count // size)
+        targets = tuple(f"{block.name}.{name}" for name in self.targets)
+        return Subgraph(self.type, f"{block.name}.{self.source}", targets, heads, rows, self.unit_offset)
+
+
+def blocks(layers: tuple[str, nn.ModuleList], towers: Sequence[tuple[str, nn.Module]]) -> Iterator[Block]:
+    """The language layers, and the blocks of every tower."""
+    lists = [layers]
+    for name, tower in towers:
+        lists += outermost_lists(tower, f"{name}.")
+    for group, members in lists:
+        for index, module in enumerate(members):
+            yield Block(group, index, module)
+
+
+def derive(real: Sequence[Block], tiny: Sequence[Block], model: TinyModel) -> Topology:
+    """The topology of the real model.
+
+    Args:
+        real: its blocks, on meta.
+        tiny: those of the tiny model.
+        model: the tiny model.
+    """
+    patterns: dict[Any, list[Pattern]] = {}
+    reasons: dict[Any, dict[str, str]] = {}
+    for block in tiny:
+        found, why = _Search(block, model).run()
+        # Blocks that look alike may be used differently; what holds for all of them is taken.
+        both = [pattern for pattern in patterns.get(block.kind, found) if pattern in found]
+        patterns[block.kind] = both
+        reasons[block.kind] = {**reasons.get(block.kind, {}), **why}
+    subgraphs: list[Subgraph] = []
+    left_out: dict[tuple[str, str], list[tuple[Block, str]]] = defaultdict(list)
+    holders: dict[tuple[str, str], int] = defaultdict(int)
+    for block in real:
+        for name in ("", *_linears(block.module)):
+            holders[block.group, name] += 1
+        if block.kind not in patterns:
+            left_out[block.group, ""].append((block, NO_TWIN))
+            continue
+        subgraphs += [pattern.apply(block) for pattern in patterns[block.kind]]
+        for name, why_not in reasons[block.kind].items():
+            left_out[block.group, name].append((block, why_not))
+    return Topology(tuple(subgraphs), dict(_summary(left_out, holders)))
+
+
+def _summary(
+    left_out: Mapping[tuple[str, str], Sequence[tuple[Block, str]]], holders: Mapping[tuple[str, str], int]
+) -> Iterator[tuple[str, str]]:
+    """One line for all layers where they agree."""
+    for (group, name), places in left_out.items():
+        ending = f".{name}" if name else ""
+        if len(places) == holders[group, name] and len({reason for _, reason in places}) == 1:
+            yield f"{group}.*{ending}", places[0][1]
+        else:
+            yield from ((f"{block.name}{ending}", reason) for block, reason in places)
+
+
+class _Search:
+    """Tries every norm and every linear of a block as a source."""
+
+    def __init__(self, block: Block, model: TinyModel) -> None:
+        self._block = block
+        self._model = model
+        self._reactions: dict[str, list[Reaction]] = defaultdict(list)
+
+    def run(self) -> tuple[list[Pattern], dict[str, str]]:
+        """What was proven, and why linears are no target of it, by their names."""
+        found: dict[tuple[str, tuple[str, ...]], Pattern] = {}
+        for name, module in self._block.module.named_modules():
+            pattern = None
+            if isinstance(module, (nn.Linear, ExpertLinear)):
+                pattern = self._try_linear(name, module)
+            elif _is_norm(module):
+                pattern = self._try_norm(name, module)
+            if pattern is not None:
+                # With a gate that is linear too (ReLU), both could be divided; one is enough.
+                key = ("norm" if pattern.type == "norm-linear" else "linear", pattern.targets)
+                if key not in found or "gate" in found[key].source.rpartition(".")[2]:
+                    found[key] = pattern
+        covered = {target for pattern in found.values() for target in pattern.targets}
+        linears = _linears(self._block.module)
+        reasons = {name: self._reason(name) for name in linears if name not in covered}
+        return list(found.values()), reasons or ({} if linears else {"": NO_LINEAR})
+
+    def _try_norm(self, name: str, module: Any) -> Pattern | None:
+        channels = len(module.weight)
+        targets = self._prove(name, channels, None, None)
+        for unit_offset in (False, True):
+            if targets and self._is_exact(name, targets, channels, None, None, unit_offset):
+                return Pattern("norm-linear", name, targets, unit_offset=unit_offset)
+        return None
+
+    def _try_linear(self, name: str, module: nn.Module) -> Pattern | None:
+        parent = _parent(self._block.module, name)
+        size = head_size(parent)
+        for layout, numbers in layouts(module, parent):
+            rows = None if numbers is None else torch.tensor(numbers)
+            channels = _size(module, "out_features") if rows is None else len(rows)
+            targets = self._prove(name, channels, rows, size)
+            if targets and self._is_exact(name, targets, channels, rows, size, False):
+                inside = name.rpartition(".")[0] == targets[0].rpartition(".")[0]
+                kind = "ov" if size else "up-down" if inside else "linear-linear"
+                return Pattern(kind, name, targets, layout)
+        return None
+
+    def _prove(self, name: str, channels: int, rows: torch.Tensor | None, size: int | None) -> tuple[str, ...]:
+        """All readers of a source, relative to the block; none when there are others or what they read is not linear."""
+        scale = draw_scale(channels)
+        reaction = self._model.react(self._full(name), scale, rows, lambda count: spread(scale, count, size))
+        self._reactions[name].append(reaction)
+        prefix = f"{self._block.name}."
+        if not reaction.is_unchanged or not all(reader.startswith(prefix) for reader in reaction.readers):
+            return ()
+        return tuple(reader.removeprefix(prefix) for reader in reaction.readers)
+
+    def _is_exact(
+        self,
+        name: str,
+        targets: Sequence[str],
+        channels: int,
+        rows: torch.Tensor | None,
+        size: int | None,
+        unit_offset: bool,
+    ) -> bool:
+        scale = draw_scale(channels)
+        factors = {}
+        for target in targets:
+            factor = spread(scale, int(self._model.model.get_submodule(self._full(target)).weight.shape[-1]), size)  # type: ignore[union-attr,index]
+            assert factor is not None  # it was one when the reader was found
+            factors[self._full(target)] = factor
+        return self._model.is_fold_exact(self._full(name), factors, scale, rows, unit_offset)
+
+    def _full(self, name: str) -> str:
+        return f"{self._block.name}.{name}"
+
+    def _reason(self, linear: str) -> str:
+        full = self._full(linear)
+        if not self._model.given[full]:
+            return NO_CALL
+        for source, reactions in self._reactions.items():
+            for reaction in reactions:
+                if full in reaction.readers:
+                    elsewhere = reaction.other or "what follows the layer"
+                    return f"{source} feeds it, and also {elsewhere.removeprefix(self._full(''))}"
+        sources = [name for name, tried in self._reactions.items() if any(full == one.other for one in tried)]
+        if not sources:
+            return NO_SOURCE
+        return f"its input is not linear in {' or '.join(sources)}, channel by channel"
+
+
+def _linears(module: nn.Module) -> list[str]:
+    return [name for name, child in module.named_modules() if isinstance(child, (nn.Linear, ExpertLinear))]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 1
+
+
+def _parent(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name.rpartition(".")[0])
+
+
+def _size(linear: nn.Module, name: str) -> int:
+    return int(getattr(linear, name))

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds by experiment which modules of a tiny model read what another one gives, and proves that scaling it is harmless.
+
+The output of a source is divided by a scale, channel by channel. A module whose input is then exactly its old
+input divided by the scale reads it; its input is put right on the spot. When all outputs of the model are
+the old ones to the bit, every reader was found and all between them and the source is linear. Scales are
+powers of two, so that no rounding hides or feigns a difference, and large, so that clamps show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from modelslim.api import CapabilityError, ExpertLinear, one_thread
+
+LARGEST = 8
+"""Scales go up to this power of two, and down to its inverse."""
+STEPS = 64
+"""Weights of norms are multiples of one part in so many, so that (1 + weight) / scale - 1 is exact as well."""
+
+
+@dataclass
+class Reaction:
+    """What became of the model when the output of a source was divided by a scale.
+
+    Attributes:
+        readers: modules that read the output, and nothing else of it.
+        other: the first module whose input changed in another way; empty when none did.
+        is_unchanged: True when all outputs of the model stayed the same to the bit.
+    """
+
+    readers: list[str] = field(default_factory=list)
+    other: str = ""
+    is_unchanged: bool = False
+
+
+class TinyModel:
+    """A tiny model with what its modules were given and its units gave in plain calls.
+
+    Args:
+        model: in float32; its weights are replaced.
+        units: names of its units.
+        inputs: arguments of its forward, one mapping per sample.
+
+    Raises:
+        CapabilityError: it computes NaN.
+    """
+
+    def __init__(self, model: nn.Module, units: Sequence[str], inputs: Sequence[Mapping[str, Any]]) -> None:
+        self.model = model
+        self._units = [model.get_submodule(unit) for unit in units]
+        self._inputs = [{key: _in_float32(value) for key, value in sample.items()} for sample in inputs]
+        self._weighted = {name: module for name, module in model.named_modules() if _rank(module) > 1}
+        self.given: dict[str, list[Tensor]] = {name: [] for name in self._weighted}
+        """Copies of the inputs of every module that has a matrix, in the order of its calls."""
+        _randomize(model)
+        with self._watch(self._record):
+            self._outputs = self._run()
+        if not all(tensor.isfinite().all() for tensor in self._outputs):
+            raise CapabilityError("the tiny random model computes NaN")
+
+    def react(self, source: str, scale: Tensor, rows: Tensor | None, fit: Callable[[int], Tensor | None]) -> Reaction:
+        """Divide what a module gives by a scale, and see what happens.
+
+        Args:
+            source: name of the module.
+            scale: [channels].
+            rows: channels of its output that are divided; None for all.
+            fit: gives, for a number of inputs, the scale of a reader with as many; None when it cannot be one.
+        """
+        reaction = Reaction()
+        seen: dict[str, int] = dict.fromkeys(self._weighted, 0)
+
+        def divide(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            if rows is None:
+                return output / scale
+            divided = output.clone()
+            divided[..., rows] /= scale
+            return divided
+
+        def restore(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+            calls = self.given[name]
+            x, number = _first(args, kwargs), seen[name]
+            seen[name] += 1
+            before = calls[number] if number < len(calls) else None
+            if before is None or x is None or x.shape != before.shape:
+                reaction.other = reaction.other or name
+            elif not torch.equal(x, before):
+                factor = fit(x.shape[-1]) if _inputs(module) == x.shape[-1] else None
+                if factor is not None and torch.equal(x * factor, before):
+                    if name not in reaction.readers:
+                        reaction.readers.append(name)
+                    return (before, *args[1:]), kwargs
+                reaction.other = reaction.other or name
+            return None
+
+        handle = self.model.get_submodule(source).register_forward_hook(divide)
+        try:
+            with self._watch(restore):
+                outputs = self._run()
+        finally:
+            handle.remove()
+        reaction.is_unchanged = self._is_same(outputs)
+        return reaction
+
+    def is_fold_exact(
+        self, source: str, targets: Mapping[str, Tensor], scale: Tensor, rows: Tensor | None, unit_offset: bool
+    ) -> bool:
+        """True when all outputs stay the same to the bit with the scale in the weights; these are put back.
+
+        Args:
+            source: name of the module whose weight and bias are divided.
+            targets: by the name of each reader, the scale of its inputs.
+            scale, rows: as for ``react``.
+            unit_offset: True to divide (1 + weight).
+        """
+        changes: list[tuple[Tensor, Tensor]] = []
+        origin = self.model.get_submodule(source)
+        for name in ("weight", "bias"):
+            tensor = getattr(origin, name, None)
+            if tensor is None:
+                continue
+            new, offset = tensor.detach().clone(), float(unit_offset and name == "weight")
+            axis = -2 if name == "weight" and tensor.dim() > 1 else -1
+            index = torch.arange(tensor.shape[axis]) if rows is None else rows
+            part = new.index_select(axis, index)
+            divisor = scale if axis == -1 else scale[:, None]
+            new.index_copy_(axis % tensor.dim(), index, (part + offset) / divisor - offset)
+            changes.append((tensor, new))
+        for target, factor in targets.items():
+            weight: Any = self.model.get_submodule(target).weight
+            changes.append((weight, weight * factor))
+        kept = [tensor.detach().clone() for tensor, _ in changes]
+        for tensor, new in changes:
+            tensor.data.copy_(new)
+        outputs = self._run()
+        for (tensor, _), old in zip(changes, kept, strict=True):
+            tensor.data.copy_(old)
+        return self._is_same(outputs)
+
+    def _record(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = _first(args, kwargs)
+        self.given[name].append(torch.empty(0) if x is None else x.clone())
+
+    @contextmanager
+    def _watch(self, watcher: Callable[..., Any]) -> Iterator[None]:
+        handles = [
+            module.register_forward_pre_hook(partial(watcher, name), with_kwargs=True)
+            for name, module in self._weighted.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _run(self) -> list[Tensor]:
+        """Copies of all that the units and the model give; units may give what the model never uses."""
+        outputs: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            outputs.extend(leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+        handles = [unit.register_forward_hook(keep) for unit in self._units]
+        try:
+            for sample in deepcopy(self._inputs):
+                outputs.append(self.model(**sample, use_cache=False).logits)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
+
+    def _is_same(self, outputs: Sequence[Tensor]) -> bool:
+        pairs = zip(outputs, self._outputs, strict=False)
+        return len(outputs) == len(self._outputs) and all(torch.equal(one, other) for one, other in pairs)
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Draw the same numbers every time, and leave those of others alone."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread():
+        torch.manual_seed(0)
+        yield
+
+
+def draw_scale(count: int) -> Tensor:
+    """Random powers of two, none of them 1."""
+    powers = torch.randint(1, LARGEST + 1, (count,)) * (torch.randint(2, (count,)) * 2 - 1)
+    return torch.exp2(powers.float())
+
+
+def _randomize(model: nn.Module) -> None:
+    """Weights that keep activations near 1; no norm or bias is 0 or 1, which would hide a mistake."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor += torch.randn(tensor.shape) * 0.1
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, (nn.Linear, ExpertLinear)):
+            weight.data.normal_(std=weight.shape[-1] ** -0.5)
+            if module.bias is not None:
+                module.bias.data.normal_(std=0.1)
+        elif _rank(module) == 1:
+            weight.data.mul_(STEPS).round_().div_(STEPS)
+
+
+def _in_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _rank(module: nn.Module) -> int:
+    """Dimensions of a module's own weight; 0 where there is none."""
+    weight = module._parameters.get("weight")
+    return 0 if weight is None else weight.dim()
+
+
+def _inputs(module: Any) -> int:
+    """Inputs that a weight [..., out, in] has; 0 for a convolution, whose weight is none."""
+    return 0 if isinstance(module, nn.modules.conv._ConvNd) else int(module.weight.shape[-1])
+
+
+def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first argument, which is what a linear or a router reads."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
