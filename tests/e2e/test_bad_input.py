@@ -294,7 +294,9 @@ def test_a_file_that_grows_beyond_what_the_system_allows_is_an_error_of_saving(a
         [sys.executable, "-B", "-c", limited + run, *attempt.words()], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert re.fullmatch(rf"error: {attempt.save}\.partial: .*File too large\nhint: check .*\n", done.stderr)
+    # The plan's tiny model does not fit either, which is no reason to stop.
+    warning = r"(warning: the forward of the adapter 'transformers' is not proven: .*File too large.*\n)?"
+    assert re.fullmatch(rf"{warning}error: {attempt.save}\.partial: .*File too large\nhint: check .*\n", done.stderr)
     assert sorted(path.name for path in attempt.folder.iterdir()) == ["calibration.jsonl", "model", "protocol.yaml"]
 
 

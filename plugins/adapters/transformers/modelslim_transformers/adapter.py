@@ -251,10 +251,9 @@ class TransformersAdapter:
                 tiny = twin.build().float().eval()
                 fuse_experts(tiny)
                 units = [request.name for request in twin.generate_model_visit(tiny)]
-                proof = TinyModel(tiny, units, inputs)
+                return derive(self._blocks(model), twin._blocks(tiny), TinyModel(tiny, units, inputs))
             except Exception as error:  # whatever a model's code raises; nothing is proven then
-                return Topology(left_out={"*": f"no tiny model to prove subgraphs on: {first_line(error)}"})
-            return derive(self._blocks(model), twin._blocks(tiny), proof)
+                return Topology(left_out={"*": f"nothing can be proven on a tiny model: {first_line(error)}"})
 
     def _blocks(self, model: nn.Module) -> list[Block]:
         return list(blocks(self.language_layers(model), list(self.towers(model))))

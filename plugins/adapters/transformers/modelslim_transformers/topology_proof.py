@@ -80,7 +80,9 @@ class TinyModel:
         reaction = Reaction()
         seen: dict[str, int] = dict.fromkeys(self._weighted, 0)
 
-        def divide(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        def divide(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor):  # that of a router, which is a linear by its class alone
+                return output
             if rows is None:
                 return output / scale
             divided = output.clone()

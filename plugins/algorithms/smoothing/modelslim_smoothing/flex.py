@@ -59,25 +59,30 @@ class FlexSmoothQuant(Smoothing):
 
 
 class FlexAwqSsz(Smoothing):
-    """``s = mean|x|^alpha``, with the exponent that leaves the smallest output error under the entry's own rounding."""
+    """``s = mean|x|^alpha / max|W|^beta``, ``beta`` being 0 unless the entry gives it.
+
+    The exponent is the one that leaves the smallest output error under the rounding of the entry.
+    """
 
     kinds: ClassVar[frozenset[type[Statistic]]] = frozenset({ChannelAbsMean, ChannelRange, RowSample})
 
-    def __init__(self, choice: Choice, alpha: float | None, rounding: Rounding) -> None:
+    def __init__(self, choice: Choice, alpha: float | None, beta: float, rounding: Rounding) -> None:
         super().__init__(choice)
         self._alpha = alpha
+        self._beta = beta
         self.rounding: Rounding = rounding
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FlexAwqSsz:
         """Make it from an entry of ``process``."""
-        return cls(Choice.parse(config), config.get("alpha"), Rounding.parse(config["qconfig"], ("qconfig",)))
+        rounding = Rounding.parse(config["qconfig"], ("qconfig",))
+        return cls(Choice.parse(config), config.get("alpha"), config.get("beta") or 0.0, rounding)
 
     def scale(self, site: Site, statistics: UnitStatistics) -> tuple[Tensor, Tensor | None]:
         """By one search at most."""
         a, w = site.means(statistics), site.weights()
         if self._alpha is not None:
-            return site.limit(balance(a, w, self._alpha, 0.0)), None
-        scales = site.limit(balance(a, w, exponents(_STEPS, a), 0.0))
+            return site.limit(balance(a, w, self._alpha, self._beta)), None
+        scales = site.limit(balance(a, w, exponents(_STEPS, a), self._beta))
         best, _ = search(trials(site, statistics), scales, self.rounding.spec, self.rounding.steps)
         return scales[best], None

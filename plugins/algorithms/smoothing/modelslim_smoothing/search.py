@@ -52,9 +52,7 @@ def trials(site: Site, statistics: UnitStatistics) -> list[Trial]:
     ]
 
 
-def search(
-    tried: Iterable[Trial], scales: Tensor, spec: QuantSpec, steps: int = 0
-) -> tuple[int, Tensor]:
+def search(tried: Iterable[Trial], scales: Tensor, spec: QuantSpec, steps: int = 0) -> tuple[int, Tensor]:
     """Find the best of several scales.
 
     Args:
