@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Public names for the authors of plugins: the only module of the core that a plugin imports."""
 
-from modelslim.algorithm import Algorithm, Entry, Pattern, Processor, Unit
+from modelslim.algorithm import Algorithm, Entry, Fallback, Pattern, Processor, Unit
 from modelslim.checkpoint import Checkpoint, StoredTensor
 from modelslim.devices import one_thread
 from modelslim.driver import drive
@@ -59,6 +59,7 @@ __all__ = [
     "DecodedTensor",
     "Entry",
     "ExpertLinear",
+    "Fallback",
     "FusedExperts",
     "Gram",
     "InvalidDatasetError",

@@ -75,9 +75,7 @@ def make_report(
 def _schemes(plan: Plan, units: Sequence[dict[str, Any]]) -> dict[str, int]:
     """How many linears have which scheme, each expert's counted."""
     fallen = {name: fate["to"] for unit in units for name, fate in unit.get("fell_back", {}).items()}
-    return dict(
-        Counter(fallen.get(plan.info.linears[name].module, spec.scheme) for name, spec in plan.specs.items())
-    )
+    return dict(Counter(fallen.get(plan.info.linears[name].module, spec.scheme) for name, spec in plan.specs.items()))
 
 
 def peak_memory() -> int | None:

@@ -326,23 +326,30 @@ class UnitStatistics:
 
         Args:
             linears: names of linears, fused experts or other measured modules; unmeasured ones are passed over.
-            scale: [channels], positive.
+            scale: [channels], positive; of fused experts also [experts, channels].
             shift: [channels], or None for no shift.
         """
         # Linears that shared a port share the new one.
         done: dict[int, Port] = {}
 
-        def follow(port: Port) -> Port:
+        def follow(port: Port, scale: Tensor) -> Port:
             if id(port) not in done:
-                done[id(port)] = {kind: statistic.rescaled(scale, shift) for kind, statistic in port.items()}
+                # What cannot follow has been used; whoever wants it anew gets a pass of its own.
+                done[id(port)] = {
+                    kind: statistic.rescaled(scale, shift)
+                    for kind, statistic in port.items()
+                    if kind.rescaled is not Statistic.rescaled
+                }
             return done[id(port)]
 
         before = dict(self._ports), dict(self._experts)  # keeps the identities alive
         for linear in linears:
             if linear in before[0]:
-                self._ports[linear] = follow(before[0][linear])
+                self._ports[linear] = follow(before[0][linear], scale)
             elif linear in before[1]:
-                self._experts[linear] = [follow(port) for port in before[1][linear]]
+                ports = before[1][linear]
+                scales = scale.expand(len(ports), -1)
+                self._experts[linear] = [follow(port, one) for port, one in zip(ports, scales, strict=True)]
 
 
 def follows_rescaling(kind: type[Statistic]) -> bool:

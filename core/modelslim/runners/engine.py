@@ -138,9 +138,9 @@ class Engine:
         """Index of the last unit that samples must pass; beyond the units when the linears outside want them."""
         if not self._plan.samples:
             return -1
-        if self._work(OUTSIDE).needs:
+        if self._work(OUTSIDE).calibrates:
             return len(self._units)
-        return max(index for index, unit in enumerate(self._units) if self._work(unit).needs)
+        return max(index for index, unit in enumerate(self._units) if self._work(unit).calibrates)
 
     def _names(self, index: int) -> list[str]:
         """What must be read of a unit: all of it to run it, else what is quantized."""

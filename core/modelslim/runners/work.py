@@ -61,9 +61,9 @@ class UnitWork:
         self._passes = list(_passes(self._views))
 
     @property
-    def needs(self) -> Mapping[str, Kinds]:
-        """What the first pass must measure; empty when the unit needs no calibration."""
-        return _needs(self._passes[0])
+    def calibrates(self) -> bool:
+        """True when some algorithm wants to measure something."""
+        return any(map(_needs, self._passes))
 
     def collector(self) -> PortCollector:
         """Measures what the first pass needs."""
@@ -186,7 +186,7 @@ class UnitWork:
     def _collector(self, group: Sequence[View]) -> PortCollector:
         """Measures what a pass needs, and samples what is to be judged where anything is measured at all."""
         needs = dict(_needs(group))
-        if any(_needs(one) for one in self._passes):
+        if self.calibrates:
             for name in self._claimed:
                 needs[name] = needs.get(name, frozenset()) | {RowSample}
         view = group[0][1]

@@ -32,6 +32,7 @@ from modelslim.guard import Guard
 from modelslim.model_info import describe
 from modelslim.open_model import OpenModel, call_model, tensors_in
 from modelslim.session import Session
+from modelslim.testing.topology import check_topology
 
 
 class AdapterContract:
@@ -143,6 +144,15 @@ class AdapterContract:
 
         session = Session(adapter)
         assert Guard(type(adapter).__name__, reopen).check(session, session.init_model("meta")) == []
+
+    def test_subgraphs_keep_the_function(self, opened: OpenModel, samples: Sequence[Any]) -> None:
+        """Random scales in every subgraph change no output, in float64; each subgraph lies within one unit."""
+        topology = opened.session.get_adapter_config_for_subgraph(opened.session.init_model("meta"))
+        if topology is None:
+            pytest.skip("the adapter says nothing of subgraphs")
+        inputs = opened.session.handle_dataset(samples, "cpu")
+        opened.fill()
+        check_topology(opened.model, [request.name for request in opened.visit], topology, inputs)
 
 
 def _assert_identical(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:

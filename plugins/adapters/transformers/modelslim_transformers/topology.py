@@ -18,7 +18,7 @@ from modelslim_transformers.topology_layouts import head_size, layouts, spread
 from modelslim_transformers.topology_proof import Reaction, TinyModel, draw_scale
 
 NO_TWIN = "the tiny model, on which subgraphs are proven, has no layer like it"
-NO_CALL = "no input of the tiny model reaches it"
+NO_CALL = "the tiny model, on which subgraphs are proven, never calls it"
 NO_SOURCE = "no norm and no linear of its layer makes its input"
 NO_LINEAR = "it holds no linear"
 
@@ -210,12 +210,9 @@ class _Search:
         for source, reactions in self._reactions.items():
             for reaction in reactions:
                 if full in reaction.readers:
-                    elsewhere = reaction.other or "what follows the layer"
-                    return f"{source} feeds it, and also {elsewhere.removeprefix(self._full(''))}"
-        sources = [name for name, tried in self._reactions.items() if any(full == one.other for one in tried)]
-        if not sources:
-            return NO_SOURCE
-        return f"its input is not linear in {' or '.join(sources)}, channel by channel"
+                    return f"{source} feeds it, and not linears alone"
+        sources = [name for name, tried in self._reactions.items() if any(full in one.others for one in tried)]
+        return f"no scale passes from {' or '.join(sources)} to it, channel by channel" if sources else NO_SOURCE
 
 
 def _linears(module: nn.Module) -> list[str]:

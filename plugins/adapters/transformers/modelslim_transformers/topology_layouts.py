@@ -13,7 +13,7 @@ from modelslim.api import ExpertLinear
 
 HEAD_SIZES = ("v_head_dim", "head_dim", "head_size", "attention_head_size")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-KEY_HEADS = ("num_key_value_heads", "num_kv_heads", *HEADS)
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
 
 
 def head_size(attention: Any) -> int | None:
@@ -40,12 +40,13 @@ def layouts(linear: nn.Module, parent: nn.Module) -> Iterator[tuple[str, tuple[i
         return
     count = int(linear.out_features)  # type: ignore[arg-type]
     rows = torch.arange(count)
-    size, groups = head_size(parent), _number(parent, KEY_HEADS)
-    if size and groups:
-        if count > size * groups:
-            yield "values behind the rest", _numbers(rows[count - size * groups :])
-        if count % groups == 0 and count // groups > size:
-            yield "values behind the rest of each head", _numbers(rows.view(groups, -1)[:, -size:])
+    if size := head_size(parent):
+        for kind, names in (("key/value heads", KEY_HEADS), ("heads", HEADS)):
+            groups = _number(parent, names) or 0
+            if count > size * groups > 0:
+                yield f"values of {kind} behind the rest", _numbers(rows[count - size * groups :])
+                if count % groups == 0:
+                    yield f"values of {kind} behind the rest of each", _numbers(rows.view(groups, -1)[:, -size:])
     elif count % 2 == 0:
         yield "second half", _numbers(rows[count // 2 :])
         yield "first half", _numbers(rows[: count // 2])

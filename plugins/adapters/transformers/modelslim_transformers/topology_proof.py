@@ -34,12 +34,12 @@ class Reaction:
 
     Attributes:
         readers: modules that read the output, and nothing else of it.
-        other: the first module whose input changed in another way; empty when none did.
+        others: the first module whose input changed in another way, and those that were given the same.
         is_unchanged: True when all outputs of the model stayed the same to the bit.
     """
 
     readers: list[str] = field(default_factory=list)
-    other: str = ""
+    others: list[str] = field(default_factory=list)
     is_unchanged: bool = False
 
 
@@ -78,6 +78,7 @@ class TinyModel:
             fit: gives, for a number of inputs, the scale of a reader with as many; None when it cannot be one.
         """
         reaction = Reaction()
+        strange: list[Tensor] = []
         seen: dict[str, int] = dict.fromkeys(self._weighted, 0)
 
         def divide(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -94,15 +95,18 @@ class TinyModel:
             x, number = _first(args, kwargs), seen[name]
             seen[name] += 1
             before = calls[number] if number < len(calls) else None
-            if before is None or x is None or x.shape != before.shape:
-                reaction.other = reaction.other or name
-            elif not torch.equal(x, before):
-                factor = fit(x.shape[-1]) if _inputs(module) == x.shape[-1] else None
+            if x is None or (before is not None and x.shape == before.shape and torch.equal(x, before)):
+                return None
+            is_first = bool(args) and x is args[0] and _inputs(module) == x.shape[-1]
+            if before is not None and x.shape == before.shape and is_first:
+                factor = fit(x.shape[-1])
                 if factor is not None and torch.equal(x * factor, before):
-                    if name not in reaction.readers:
-                        reaction.readers.append(name)
+                    _add(reaction.readers, name)
                     return (before, *args[1:]), kwargs
-                reaction.other = reaction.other or name
+            if not strange:
+                strange.append(x.clone())
+            if torch.equal(x, strange[0]):
+                _add(reaction.others, name)
             return None
 
         handle = self.model.get_submodule(source).register_forward_hook(divide)
@@ -213,6 +217,11 @@ def _randomize(model: nn.Module) -> None:
                 module.bias.data.normal_(std=0.1)
         elif _rank(module) == 1:
             weight.data.mul_(STEPS).round_().div_(STEPS)
+
+
+def _add(names: list[str], name: str) -> None:
+    if name not in names:
+        names.append(name)
 
 
 def _in_float32(value: Any) -> Any:

@@ -22,7 +22,7 @@ def round_weight(weight: Tensor, spec: TensorSpec, steps: int = 0) -> Tensor:
     """
     if spec.is_float:
         return weight
-    groups = weight.unflatten(-1, (-1, spec.group_size or weight.shape[-1]))
+    groups = weight.view(*weight.shape[:-1], -1, spec.group_size or weight.shape[-1])
     scale, offset = range_to_scale(groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True), spec)
     best = _round(groups, scale, offset, spec)
     if steps and offset is None:

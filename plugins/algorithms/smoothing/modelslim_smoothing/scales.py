@@ -69,7 +69,7 @@ def per_source(scale: Tensor, heads: tuple[int, int] | None) -> Tensor:
     """
     if heads is None or heads[0] == heads[1]:
         return scale
-    grouped = scale.unflatten(-1, (heads[1], heads[0] // heads[1], -1))
+    grouped = scale.view(*scale.shape[:-1], heads[1], heads[0] // heads[1], -1)
     return grouped.mean(-2).flatten(-2)
 
 
@@ -85,7 +85,8 @@ def per_target(scale: Tensor, heads: tuple[int, int] | None) -> Tensor:
     """
     if heads is None or heads[0] == heads[1]:
         return scale
-    return scale.unflatten(-1, (heads[1], -1)).repeat_interleave(heads[0] // heads[1], -2).flatten(-2)
+    grouped = scale.view(*scale.shape[:-1], heads[1], -1)
+    return grouped.repeat_interleave(heads[0] // heads[1], -2).flatten(-2)
 
 
 def limit(scale: Tensor, source: Tensor, target: Tensor, dtype: torch.dtype, smallest_step: float = 0.0) -> Tensor:

@@ -86,7 +86,7 @@ def errors(trial: Trial, scales: Tensor, spec: QuantSpec, steps: int = 0) -> Ten
     """
     at_once = max(1, _BLOCK // max(trial.weight.numel(), trial.x.numel()))
     found = []
-    for s in scales.split(at_once):
+    for s in torch.split(scales, at_once):
         weight = round_weight(trial.weight * s.unsqueeze(-2), spec.weight, steps)
         x = round_input(trial.x / s.unsqueeze(-2), trial.low / s, trial.high / s, spec.activation)
         difference = x @ weight.transpose(-1, -2) - trial.outputs

@@ -114,7 +114,7 @@ class Site:
         heads, unit_offset = self.subgraph.heads, self.subgraph.unit_offset
         reading = fold.column_magnitudes(self.targets.values(), per_expert=self.per_expert)
         if heads is not None and heads[0] != heads[1]:
-            reading = reading.unflatten(-1, (heads[1], heads[0] // heads[1], -1)).amax(-2).flatten(-2)
+            reading = reading.view(heads[1], heads[0] // heads[1], -1).amax(-2).flatten(-2)
         if self.is_norm:
             made = fold.gain_magnitudes(self.source, unit_offset=unit_offset)
         else:

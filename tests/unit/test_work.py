@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The work on a unit: statistics that follow a rescaling, passes, edited weights, propagation, quality, fallback."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from modelslim.plan import make_plan
+from modelslim.run import run_plan
+from modelslim.saved import load_model
+
+PLUGIN = '''
+from collections import Counter
+from modelslim.api import Algorithm, Fallback, Statistic
+from modelslim_linear_quant.algorithm import LinearQuant
+
+SCALE = 4.0  # a power of two: exact in every floating type
+seen = Counter()
+
+class Seen(Statistic):
+    """Counts what passes; cannot follow a rescaling."""
+    def __init__(self): self.sum = None
+    def update(self, x):
+        seen[x.shape[-1]] += 1
+        total = x.double().sum()
+        self.sum = total if self.sum is None else self.sum + total
+    def merge(self, other): raise NotImplementedError
+
+class Fold(Algorithm):
+    """Divides the first norm of each layer and multiplies what reads it."""
+    rescales = True
+    @classmethod
+    def from_config(cls, config): return cls()
+    def names(self, unit):
+        return [n for n in unit.linears if n.endswith(("q_proj", "k_proj", "v_proj"))]
+    def edits(self, unit):
+        if not unit.name: return frozenset()
+        return frozenset([f"{unit.name}.input_layernorm.weight", *(f"{n}.weight" for n in self.names(unit))])
+    def apply(self, unit, statistics):
+        if not unit.name: return {}
+        norm = unit.modules[f"{unit.name}.input_layernorm"]
+        norm.weight.data = norm.weight / SCALE
+        for name in self.names(unit):
+            unit.linears[name].weight.data = unit.linears[name].weight * SCALE
+        statistics.rescale(self.names(unit), norm.weight.new_full((norm.weight.shape[0],), SCALE))
+        return {}
+
+class Count(Algorithm):
+    """Looks at what reaches the first projection."""
+    sums = {}
+    @classmethod
+    def from_config(cls, config): return cls()
+    def needs(self, unit):
+        return {n: frozenset({Seen}) for n in unit.linears if n.endswith("q_proj")}
+    def apply(self, unit, statistics):
+        for name in self.needs(unit):
+            self.sums[name] = float(statistics.get(name, Seen).sum)
+        return {}
+
+class Falls(LinearQuant):
+    """linear_quant, of which everything beyond a bound falls back."""
+    @classmethod
+    def from_config(cls, config):
+        made = super().from_config({k: v for k, v in config.items() if k != "above"} | {"type": "linear_quant"})
+        made.fallback = Fallback("relative_error", config["above"])
+        return made
+'''
+FIELDS: dict[str, dict[str, Any]] = {
+    "fold": {},
+    "count": {},
+    "falls": {"above": {"type": "number", "description": "x"}, "qconfig": {"type": "object", "description": "x"}},
+}
+"""Names of the algorithms, with what they take."""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The plugin above, found as if it were installed."""
+    site = tmp_path / "site"
+    package = site / "acme_work"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(PLUGIN)
+    for name, fields in FIELDS.items():
+        schema = {
+            "type": "object",
+            "description": "x",
+            "required": ["type"],
+            "additionalProperties": False,
+            "properties": {"type": {"const": name, "description": "x"}, **fields},
+        }
+        (package / f"{name}.schema.json").write_text(json.dumps(schema))
+    info = site / "acme_work-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-work\nVersion: 1\n")
+    entries = "\n".join(f"{name} = acme_work:{name.capitalize()}" for name in FIELDS)
+    (info / "entry_points.txt").write_text(f"[modelslim.algorithms]\n{entries}\n")
+    monkeypatch.syspath_prepend(str(site))
+    import acme_work  # type: ignore[import-not-found]
+
+    yield acme_work
+    del sys.modules["acme_work"]
+
+
+STATIC = """\
+    - type: linear_quant
+      qconfig:
+        act: {scope: per_tensor, dtype: int8, symmetric: False, method: minmax}
+        weight: {scope: per_channel, dtype: int8, symmetric: True, method: minmax}
+"""
+Run = Callable[..., tuple[dict[str, Tensor], dict[str, Any], Path]]
+
+
+@pytest.fixture
+def run(tiny_llama: Path, protocol: Callable[[str], Path], calibration_file: Path, tmp_path: Path) -> Run:
+    """Quantize the tiny model with these processors; tensors of the result, report and folder."""
+
+    def quantize(process: str, more: str = "") -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+        text = f"apiversion: modelslim_v1\nspec:\n  process:\n{process}  save:\n    - type: ascendv1_saver\n"
+        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        plan = make_plan(tiny_llama, protocol(f"{text}  dataset: {calibration_file}\n{more}"), device="cpu")
+        assert plan.warnings == []
+        report = run_plan(plan, out)
+        return {k: v for f in out.glob("*.safetensors") for k, v in load_file(f).items()}, report, out
+
+    return quantize
+
+
+def source(model: Path) -> dict[str, Tensor]:
+    return {k: v for f in model.glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+def test_statistics_follow_a_fold_and_edited_weights_are_written(plugin: Any, run: Run, tiny_llama: Path) -> None:
+    plain, _, _ = run(STATIC)
+    folded, report, _ = run("    - type: fold\n" + STATIC)
+    original = source(tiny_llama)
+    for layer in range(len(report["units"])):
+        prefix = f"model.layers.{layer}"
+        norm = f"{prefix}.input_layernorm.weight"
+        assert torch.equal(folded[norm], original[norm] / plugin.SCALE)
+        for part in ("q_proj", "k_proj", "v_proj"):
+            name = f"{prefix}.self_attn.{part}"
+            assert torch.equal(folded[f"{name}.weight"], plain[f"{name}.weight"])
+            assert torch.equal(folded[f"{name}.input_scale"], plain[f"{name}.input_scale"] / plugin.SCALE)
+            assert torch.equal(folded[f"{name}.input_offset"], plain[f"{name}.input_offset"])
+            assert torch.equal(folded[f"{name}.deq_scale"], plain[f"{name}.deq_scale"])
+    assert folded.keys() == plain.keys()
+
+
+def test_linears_that_stay_float_are_written_as_they_were_edited(plugin: Any, run: Run, tiny_llama: Path) -> None:
+    folded, _, out = run("    - type: fold\n" + STATIC + '      include: ["*mlp*"]\n')
+    original = source(tiny_llama)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    assert torch.equal(folded[name], original[name] * plugin.SCALE)
+    model, float_model = load_model(out, tiny_llama, device="cpu"), load_model(tiny_llama, device="cpu")
+    ids = torch.arange(3, 20).view(1, -1)
+    with torch.no_grad():
+        near = model(input_ids=ids).logits - float_model(input_ids=ids).logits
+    assert near.abs().max() < 0.1 * float_model(input_ids=ids).logits.abs().max()
+
+
+def test_smoothing_and_quantization_share_one_pass(plugin: Any, run: Run) -> None:
+    run("    - type: count\n    - type: fold\n" + STATIC)
+    once = dict(plugin.seen)
+    plugin.seen.clear()
+    run("    - type: count\n" + STATIC)
+    assert dict(plugin.seen) == once  # the fold costs no pass
+    assert once
+
+
+def test_what_cannot_follow_a_fold_is_measured_behind_it(plugin: Any, run: Run) -> None:
+    run("    - type: count\n" + STATIC)
+    before = dict(plugin.Count.sums)
+    run("    - type: fold\n    - type: count\n" + STATIC)
+    after = plugin.Count.sums
+    assert before.keys() == after.keys()
+    for name, total in before.items():
+        assert after[name] == pytest.approx(total / plugin.SCALE, rel=1e-6, abs=1e-6)
+
+
+def ranges_at(model: nn.Module, name: str, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1)))
+    with torch.no_grad():
+        for ids in inputs:
+            model(input_ids=ids)
+    handle.remove()
+    values = torch.cat(seen).float()
+    return values.min(), values.max()
+
+
+@pytest.mark.parametrize("propagation", ["float", "quantized"])
+def test_the_next_layer_is_calibrated_on_the_outputs_that_the_protocol_says(
+    propagation: str, run: Run, tiny_llama: Path, calibration_texts: tuple[str, ...]
+) -> None:
+    from transformers import AutoTokenizer
+
+    result, _, out = run(STATIC, f"  propagation: {propagation}\n")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    inputs = [torch.tensor([tokenizer(text)["input_ids"]]) for text in calibration_texts]
+    model = load_model(*((out, tiny_llama) if propagation == "quantized" else (tiny_llama,)), device="cpu")
+    other = load_model(*((tiny_llama,) if propagation == "quantized" else (out, tiny_llama)), device="cpu")
+    differ = 0
+    for layer in (1, 2):
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        expected = [(high.clamp(min=0) - low.clamp(max=0)) / 255 for low, high in [ranges_at(model, name, inputs)]]
+        found = result[f"{name}.input_scale"]
+        assert torch.allclose(found, expected[0].view(1), rtol=1e-2)
+        low, high = ranges_at(other, name, inputs)
+        differ += int(abs(found - (high - low) / 255) > abs(found - expected[0]))
+    assert differ
+
+
+def test_quality_is_that_of_the_outputs_on_calibration_data(run: Run, tiny_llama: Path) -> None:
+    result, report, _ = run(STATIC)
+    original = source(tiny_llama)
+    for unit in report["units"]:
+        assert unit["quality"].keys() == unit["linears"].keys()
+        for name, quality in unit["quality"].items():
+            weight = original[f"{name}.weight"].double()
+            scale = (result[f"{name}.deq_scale"] / result[f"{name}.input_scale"]).double().view(-1, 1)
+            rounding = (weight - result[f"{name}.weight"] * scale).norm() / weight.norm()
+            assert 0.3 * rounding < quality["relative_error"] < 0.2
+            assert quality["snr_db"] == pytest.approx(-20 * math.log10(quality["relative_error"]), abs=0.01)
+            assert quality["clipped"] == 0  # the range is that of the same tokens
+            assert 0 < quality["tokens"] <= 256
+
+
+def test_linears_that_come_out_badly_fall_back_together_with_those_of_their_input(
+    plugin: Any, run: Run, tiny_llama: Path
+) -> None:
+    falls = STATIC.replace("linear_quant", "falls")
+    result, report, _ = run(falls + "      above: 0.0\n")
+    original = source(tiny_llama)
+    assert result.keys() == original.keys()
+    assert all(torch.equal(result[name], tensor) for name, tensor in original.items())
+    assert report["schemes"] == {"FLOAT": sum(len(unit["fell_back"]) for unit in report["units"])}
+    _, plain_report, _ = run(STATIC)
+    errors = {name: q["relative_error"] for unit in plain_report["units"] for name, q in unit["quality"].items()}
+    worst = max((name for name in errors if "k_proj" in name), key=lambda name: errors[name])
+    bound = errors[worst] - 1e-6
+    result, report, _ = run(falls + f"      above: {bound}\n")
+    fallen = {name for unit in report["units"] for name in unit.get("fell_back", {})}
+    expected = {name for name, error in errors.items() if error > bound}
+    for name in list(expected):
+        parent, _, part = name.rpartition(".")
+        groups = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",)]
+        expected |= {f"{parent}.{one}" for group in groups if part in group for one in group}
+    assert fallen == expected and worst in fallen
+    for name in errors:
+        assert (result[f"{name}.weight"].dtype == torch.int8) is (name not in fallen)
