@@ -21,14 +21,14 @@ from modelslim.errors import DatasetError, Diagnostic, ModelSlimError, ProtocolE
 from modelslim.guard import prove_forward
 from modelslim.loader import Loader
 from modelslim.model_info import ModelInfo, describe
-from modelslim.plan_checks import Checks, Step, with_scale_dtypes, with_subgraphs
+from modelslim.plan_checks import Checks, Step, find_topology, with_scale_dtypes, with_subgraphs
 from modelslim.protocol.document import shorten
 from modelslim.protocol.model import Protocol
 from modelslim.protocol.validate import read_protocol
 from modelslim.registry import Registry
 from modelslim.saver import PlannedModel, Saver
 from modelslim.session import Session
-from modelslim.types import QuantSpec
+from modelslim.types import QuantSpec, Topology
 from modelslim.vlm_dataset import read_vlm_samples
 
 DEFAULT_RUNNER = "layer_wise"
@@ -54,6 +54,7 @@ class Plan:
         device: torch device of the computation.
         runner: name of the runner.
         registry: the installed plugins.
+        topology: what smoothing may rescale; None when no algorithm asks.
         warnings: what the user should know and what does not stop the run.
     """
 
@@ -72,6 +73,7 @@ class Plan:
     device: str
     runner: str
     registry: Registry
+    topology: Topology | None
     warnings: Sequence[str]
 
     @property
@@ -158,7 +160,9 @@ def make_plan(
     saver: Saver = registry.load("savers", protocol.save[0].type).from_config(protocol.save[0].config)
     steps = with_scale_dtypes(steps, saver, info.dtype)
     specs = {linear: spec for step in steps for linear, spec in step.specs.items()}
-    steps = with_subgraphs(steps, session, model)
+    topology = find_topology(steps, session, model)
+    if topology is not None:
+        steps = with_subgraphs(steps, topology)
     planned = PlannedModel(checkpoint.config, info.dtype, info.linears, specs, frozenset(checkpoint.tensors))
     checks.saver(saver, planned, protocol.save[0].path, steps)
     checks.shared(steps, loader.sources)
@@ -188,6 +192,7 @@ def make_plan(
         device=target,
         runner=runner,
         registry=registry,
+        topology=topology,
         warnings=[
             *([remark] if remark else []),
             *about_runner,

@@ -18,7 +18,7 @@ from modelslim.protocol.model import Protocol
 from modelslim.registry import Registry
 from modelslim.saver import PlannedModel, Saver
 from modelslim.session import Session
-from modelslim.types import Problem, QuantSpec, Subgraph, WeightSource
+from modelslim.types import Problem, QuantSpec, Subgraph, Topology, WeightSource
 
 if TYPE_CHECKING:
     from torch import nn
@@ -270,14 +270,18 @@ def with_scale_dtypes(steps: Sequence[Step], saver: Saver, model_dtype: str) -> 
     ]
 
 
-def with_subgraphs(steps: Sequence[Step], session: Session, model: nn.Module) -> list[Step]:
-    """The steps with what smoothing may rescale, by unit, when one of them wants to know and the adapter can tell."""
+def find_topology(steps: Sequence[Step], session: Session, model: nn.Module) -> Topology | None:
+    """What smoothing may rescale, when one of the steps wants to know and the adapter can tell."""
     hook = "get_adapter_config_for_subgraph"
-    if not any(hook in step.algorithm.requires for step in steps) or not session.has(hook):
-        return list(steps)
-    topology = session.get_adapter_config_for_subgraph(model)
+    if any(hook in step.algorithm.requires for step in steps) and session.has(hook):
+        return session.get_adapter_config_for_subgraph(model)
+    return None
+
+
+def with_subgraphs(steps: Sequence[Step], topology: Topology) -> list[Step]:
+    """The steps with the subgraphs of each unit."""
     by_unit: dict[str, list[Subgraph]] = {}
-    for subgraph in topology.subgraphs if topology else ():
+    for subgraph in topology.subgraphs:
         name = subgraph.targets[0]
         unit = next((unit for unit in steps[0].info.units if name.startswith(f"{unit}.")), "")
         by_unit.setdefault(unit, []).append(subgraph)

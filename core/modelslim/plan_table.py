@@ -10,6 +10,7 @@ from typing import Any
 
 from modelslim.plan import Plan
 from modelslim.protocol.document import format_path
+from modelslim.runners.work import count_passes
 
 _WHY_KEPT = {
     "router": "a router; engines have no quantized ones",
@@ -67,11 +68,51 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "units": len(plan.info.units),
         "dataset": str(plan.dataset) if plan.dataset else None,
         "samples": len(plan.samples),
-        "forward_passes": int(bool(plan.samples)),
+        "forward_passes": forward_passes(plan),
         **sizes(plan),
         "weights": [asdict(row) for row in rows(plan)],
+        "smoothing": [asdict(place) for place in places(plan)],
         "warnings": list(plan.warnings),
     }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Subgraphs of one kind that smoothing may rescale, or modules that have none.
+
+    Attributes:
+        type: kind of the subgraphs; empty for what is left out.
+        source: what is divided, with layer numbers as ``*``; for what is left out, its name.
+        targets: what is multiplied.
+        count: how many there are.
+        why: why there is none; empty for subgraphs.
+    """
+
+    type: str
+    source: str
+    targets: tuple[str, ...]
+    count: int
+    why: str = ""
+
+
+def places(plan: Plan) -> list[Place]:
+    """What smoothing may rescale, as the adapter says, and what it leaves out; empty when no algorithm asks."""
+    if plan.topology is None:
+        return []
+    grouped: dict[tuple[str, ...], int] = {}
+    for subgraph in plan.topology.subgraphs:
+        key = (subgraph.type, _pattern(subgraph.source), *dict.fromkeys(map(_pattern, subgraph.targets)))
+        grouped[key] = grouped.get(key, 0) + 1
+    found = [Place(key[0], key[1], key[2:], count) for key, count in grouped.items()]
+    left: dict[tuple[str, str], int] = {}
+    for name, why in plan.topology.left_out.items():
+        left[_pattern(name), why] = left.get((_pattern(name), why), 0) + 1
+    return [*found, *(Place("", name, (), count, why) for (name, why), count in left.items())]
+
+
+def forward_passes(plan: Plan) -> int:
+    """How often a sample passes a unit at most."""
+    return max((count_passes(plan, unit) for unit in plan.info.units), default=0) if plan.samples else 0
 
 
 def sizes(plan: Plan) -> dict[str, int]:

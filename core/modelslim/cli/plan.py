@@ -56,7 +56,25 @@ def command(
     before, after = data["bytes_before"], data["bytes_after"]
     calibration = "none"
     if plan.dataset is not None:
-        calibration = f"one pass over {len(plan.samples)} samples of {plan.dataset.name}"
+        passes = data["forward_passes"]
+        calibration = (
+            f"{'one pass' if passes == 1 else f'{passes} passes'} over {len(plan.samples)} samples of "
+            f"{plan.dataset.name}"
+        )
+    if data["smoothing"]:
+        output.table(
+            "",
+            ["smoothing may divide", "count", "and multiply", "as"],
+            [
+                (
+                    place["source"],
+                    place["count"],
+                    ", ".join(place["targets"]),
+                    place["type"] or f"left out: {place['why']}",
+                )
+                for place in data["smoothing"]
+            ],
+        )
     output.table(
         "",
         ["", ""],

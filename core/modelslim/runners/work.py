@@ -90,18 +90,17 @@ class UnitWork:
         borrowed: list[str] = []
         tokens = 0
         experts: dict[str, Any] = {}
-        once = False
         statistics = UnitStatistics({})
         for index, group in enumerate(self._passes):
             ports = self._collector(group)
-            once = index == 0 and not quantized and len(self._passes) == 1
+            last = index + 1 == len(self._passes) and not quantized
 
             def passed(ports: PortCollector = ports) -> None:
                 ports.next_sample()
                 after_sample()
 
             with ports, _showing(layers, group, self._plan.protocol.experts):
-                if once:
+                if last:
                     tokens = boundary.run_unit(self._unit, passed, resume)
                 else:
                     tokens = boundary.measure_unit(self._unit, passed)
@@ -116,8 +115,8 @@ class UnitWork:
         qualities = judge(outcome.modules, statistics, expected)
         self._fall_back(qualities, statistics, expected, outcome)
         self._finish(outcome)
-        if resume and not once:
-            with _in_place(self._model, outcome.modules if quantized else {}):
+        if quantized:
+            with _in_place(self._model, outcome.modules):
                 boundary.run_unit(self._unit, after_sample, resume)
         outcome.record |= {
             "tokens": tokens,
@@ -191,6 +190,12 @@ class UnitWork:
                 needs[name] = needs.get(name, frozenset()) | {RowSample}
         view = group[0][1]
         return PortCollector({**view.modules, **view.linears}, needs)
+
+
+def count_passes(plan: Plan, unit: str) -> int:
+    """How often each sample passes the unit: to be measured, and once more to be handed on quantized."""
+    passes = len(list(_passes([(step, step.unit(unit, plan.model)) for step in plan.steps])))
+    return passes + int(plan.propagates_quantized)
 
 
 def _passes(views: Sequence[View]) -> Iterator[list[View]]:
