@@ -191,7 +191,7 @@ class DecodedTensor:
 
 @dataclass(frozen=True)
 class Subgraph:
-    """A tensor inside a unit that may be divided by a scale, one positive number per channel, without changing the model.
+    """A tensor inside a unit that may be divided by a scale, one positive number per channel, and keep the function.
 
     What makes the tensor is divided by the scale, and every weight that reads it is multiplied along its inputs.
     The function stays the same only because ``targets`` names all readers: the module that makes the tensor is

@@ -251,7 +251,8 @@ class TransformersAdapter:
                 tiny = twin.build().float().eval()
                 fuse_experts(tiny)
                 units = [request.name for request in twin.generate_model_visit(tiny)]
-                return derive(self._blocks(model), twin._blocks(tiny), TinyModel(tiny, units, inputs))
+                towers = [name for name, _ in twin.towers(tiny)]
+                return derive(self._blocks(model), twin._blocks(tiny), TinyModel(tiny, units, towers, inputs))
             except Exception as error:  # whatever a model's code raises; nothing is proven then
                 return Topology(left_out={"*": f"nothing can be proven on a tiny model: {first_line(error)}"})
 

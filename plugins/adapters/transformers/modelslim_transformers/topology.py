@@ -93,11 +93,11 @@ def derive(real: Sequence[Block], tiny: Sequence[Block], model: TinyModel) -> To
     patterns: dict[Any, list[Pattern]] = {}
     reasons: dict[Any, dict[str, str]] = {}
     for block in tiny:
-        found, why = _Search(block, model).run()
+        known = patterns.get(block.kind)
+        found, why = _Search(block, model).run(known)
         # Blocks that look alike may be used differently; what holds for all of them is taken.
-        both = [pattern for pattern in patterns.get(block.kind, found) if pattern in found]
-        patterns[block.kind] = both
-        reasons[block.kind] = {**reasons.get(block.kind, {}), **why}
+        patterns[block.kind] = found if known is None else [pattern for pattern in known if pattern in found]
+        reasons[block.kind] = {**why, **reasons.get(block.kind, {})}
     subgraphs: list[Subgraph] = []
     left_out: dict[tuple[str, str], list[tuple[Block, str]]] = defaultdict(list)
     holders: dict[tuple[str, str], int] = defaultdict(int)
@@ -133,11 +133,18 @@ class _Search:
         self._model = model
         self._reactions: dict[str, list[Reaction]] = defaultdict(list)
 
-    def run(self) -> tuple[list[Pattern], dict[str, str]]:
-        """What was proven, and why linears are no target of it, by their names."""
+    def run(self, known: Sequence[Pattern] | None = None) -> tuple[list[Pattern], dict[str, str]]:
+        """What was proven, and why linears are no target of it, by their names.
+
+        Args:
+            known: what was proven for a block that looks the same; nothing else is tried then.
+        """
+        tried = None if known is None else {pattern.source for pattern in known}
         found: dict[tuple[str, tuple[str, ...]], Pattern] = {}
         for name, module in self._block.module.named_modules():
             pattern = None
+            if tried is not None and name not in tried:
+                continue
             if isinstance(module, (nn.Linear, ExpertLinear)):
                 pattern = self._try_linear(name, module)
             elif _is_norm(module):
@@ -174,7 +181,7 @@ class _Search:
         return None
 
     def _prove(self, name: str, channels: int, rows: torch.Tensor | None, size: int | None) -> tuple[str, ...]:
-        """All readers of a source, relative to the block; none when there are others or what they read is not linear."""
+        """All readers of a source, relative to the block; none when something else reads it, or not linearly."""
         scale = draw_scale(channels)
         reaction = self._model.react(self._full(name), scale, rows, lambda count: spread(scale, count, size))
         self._reactions[name].append(reaction)

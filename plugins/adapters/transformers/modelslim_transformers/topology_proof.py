@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds by experiment which modules of a tiny model read what another one gives, and proves that scaling it is harmless.
+"""Finds by experiment which modules of a tiny model read what another one gives, and proves a scale there harmless.
 
 The output of a source is divided by a scale, channel by channel. A module whose input is then exactly its old
 input divided by the scale reads it; its input is put right on the spot. When all outputs of the model are
@@ -10,7 +10,7 @@ powers of two, so that no rounding hides or feigns a difference, and large, so t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from modelslim.api import CapabilityError, ExpertLinear, one_thread
 
@@ -49,23 +50,33 @@ class TinyModel:
     Args:
         model: in float32; its weights are replaced.
         units: names of its units.
+        towers: those of them that give the same whenever they are given the same, and change nothing else.
         inputs: arguments of its forward, one mapping per sample.
 
     Raises:
         CapabilityError: it computes NaN.
     """
 
-    def __init__(self, model: nn.Module, units: Sequence[str], inputs: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, model: nn.Module, units: Sequence[str], towers: Sequence[str], inputs: Sequence[Mapping[str, Any]]
+    ) -> None:
         self.model = model
+        self._towers: dict[str, list[tuple[Any, Any]]] = {tower: [] for tower in towers}
         self._units = [model.get_submodule(unit) for unit in units]
         self._inputs = [{key: _in_float32(value) for key, value in sample.items()} for sample in inputs]
         self._weighted = {name: module for name, module in model.named_modules() if _rank(module) > 1}
         self.given: dict[str, list[Tensor]] = {name: [] for name in self._weighted}
         """Copies of the inputs of every module that has a matrix, in the order of its calls."""
         _randomize(model)
-        with self._watch(self._record):
-            self._outputs = self._run()
-        if not all(tensor.isfinite().all() for tensor in self._outputs):
+        handles = [
+            model.get_submodule(tower).register_forward_hook(partial(_keep_call, calls), with_kwargs=True)
+            for tower, calls in self._towers.items()
+        ]
+        with self._watch(self._record), _removed(handles):
+            self._outputs = {"": self._run("")}
+        for tower in towers:
+            self._outputs[tower] = self._run(tower)
+        if not all(tensor.isfinite().all() for outputs in self._outputs.values() for tensor in outputs):
             raise CapabilityError("the tiny random model computes NaN")
 
     def react(self, source: str, scale: Tensor, rows: Tensor | None, fit: Callable[[int], Tensor | None]) -> Reaction:
@@ -105,17 +116,17 @@ class TinyModel:
                     return (before, *args[1:]), kwargs
             if not strange:
                 strange.append(x.clone())
-            if torch.equal(x, strange[0]):
-                _add(reaction.others, name)
+            if not torch.equal(x, strange[0]):
+                raise _ChangedError
+            _add(reaction.others, name)
             return None
 
         handle = self.model.get_submodule(source).register_forward_hook(divide)
-        try:
-            with self._watch(restore):
-                outputs = self._run()
-        finally:
-            handle.remove()
-        reaction.is_unchanged = self._is_same(outputs)
+        with self._watch(restore), _removed([handle]):
+            try:
+                reaction.is_unchanged = self._keeps_function(source)
+            except _ChangedError:  # all that follows would only be later
+                reaction.is_unchanged = False
         return reaction
 
     def is_fold_exact(
@@ -148,10 +159,10 @@ class TinyModel:
         kept = [tensor.detach().clone() for tensor, _ in changes]
         for tensor, new in changes:
             tensor.data.copy_(new)
-        outputs = self._run()
+        is_same = self._keeps_function(source)
         for (tensor, _), old in zip(changes, kept, strict=True):
             tensor.data.copy_(old)
-        return self._is_same(outputs)
+        return is_same
 
     def _record(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
         x = _first(args, kwargs)
@@ -163,31 +174,68 @@ class TinyModel:
             module.register_forward_pre_hook(partial(watcher, name), with_kwargs=True)
             for name, module in self._weighted.items()
         ]
-        try:
+        with _removed(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _run(self) -> list[Tensor]:
-        """Copies of all that the units and the model give; units may give what the model never uses."""
+    def _keeps_function(self, source: str) -> bool:
+        """True when all outputs that a module may have an effect on are the old ones to the bit."""
+        tower = next((tower for tower in self._towers if source.startswith(f"{tower}.")), "")
+        outputs, before = self._run(tower), self._outputs[tower]
+        return len(outputs) == len(before) and all(map(torch.equal, outputs, before))
+
+    def _run(self, tower: str) -> list[Tensor]:
+        """Copies of what a tower gives; by default of what the units and the model give, towers standing still."""
+        if tower:
+            module = self.model.get_submodule(tower)
+            calls = deepcopy([call for call, _ in self._towers[tower]])
+            return [leaf.clone() for args, kwargs in calls for leaf in _tensors(module(*args, **kwargs))]
         outputs: list[Tensor] = []
 
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            outputs.extend(leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+            # Units may give what the model never uses.
+            outputs.extend(leaf.clone() for leaf in _tensors(output))
 
-        handles = [unit.register_forward_hook(keep) for unit in self._units]
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(_removed([unit.register_forward_hook(keep) for unit in self._units]))
+            for name, recorded in self._towers.items():
+                if recorded:
+                    stack.enter_context(_standing_still(self.model.get_submodule(name), recorded))
             for sample in deepcopy(self._inputs):
-                outputs.append(self.model(**sample, use_cache=False).logits)
-        finally:
-            for handle in handles:
-                handle.remove()
+                outputs += _tensors(self.model(**sample, use_cache=False).logits)
         return outputs
 
-    def _is_same(self, outputs: Sequence[Tensor]) -> bool:
-        pairs = zip(outputs, self._outputs, strict=False)
-        return len(outputs) == len(self._outputs) and all(torch.equal(one, other) for one, other in pairs)
+
+class _ChangedError(Exception):
+    """Ends a pass in which something changed for good."""
+
+
+@contextmanager
+def _removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _standing_still(module: Any, calls: Sequence[tuple[Any, Any]]) -> Iterator[None]:
+    """Let a module answer its calls with what it gave before."""
+    answers = iter(deepcopy([output for _, output in calls]))
+    module.forward = lambda *args, **kwargs: next(answers)
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _keep_call(calls: list[tuple[Any, Any]], _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    calls.append(deepcopy(((args, kwargs), output)))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

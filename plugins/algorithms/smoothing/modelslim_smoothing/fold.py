@@ -45,12 +45,13 @@ def divide_norm(
             bias.copy_((_wide(bias) / scale).to(bias.dtype))
         return scale, None
     before = torch.zeros_like(gain) if bias is None else _wide(bias)
-    after = ((before - shift) / scale).to(weight.dtype)
+    after = ((before - shift) / scale).to(weight.dtype if bias is None else bias.dtype)
+    shift = before - _wide(after) * scale  # what is really subtracted
     if bias is None:
         _add_bias(norm, after)
     else:
         bias.copy_(after)
-    return scale, before - _wide(after) * scale
+    return scale, shift
 
 
 @torch.no_grad()
