@@ -66,6 +66,10 @@ class Boundary:
                 after_sample()
         return tokens
 
+    def waiting(self, unit: str) -> list[ProcessRequest]:
+        """The calls of the unit on the samples that wait there."""
+        return [request for request in self._requests if request is not None and request.name == unit]
+
     def measure_unit(self, unit: str, after_sample: Callable[[], None]) -> int:
         """Compute the unit on every sample that waits there, and leave them there.
 
@@ -78,11 +82,10 @@ class Boundary:
         Returns:
             How many tokens passed.
         """
-        waiting = [request for request in self._requests if request is not None and request.name == unit]
-        for request in waiting:
+        for request in self.waiting(unit):
             request.module.forward(*request.args, **request.kwargs)
             after_sample()
-        return sum(map(_tokens, waiting))
+        return sum(map(_tokens, self.waiting(unit)))
 
     def finish_sample(self, index: int, unit: str) -> Any:
         """Compute the last unit on one sample and let its forward run to the end.

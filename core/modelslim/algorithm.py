@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from modelslim.types import LinearInfo, Problem, QuantSpec, Subgraph
+from modelslim.types import LinearInfo, Problem, ProcessRequest, QuantSpec, Subgraph
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +35,10 @@ class Unit:
         modules: every module of the unit by its full name, norms and routers included.
         subgraphs: what smoothing may rescale in this unit, as the adapter says; empty unless an
             algorithm of the run requires the hook.
+        module: the unit itself; None for what lies outside all units.
+        calls: the calls of the unit on the calibration samples, with their arguments, for an
+            algorithm that ``replays``: ``unit.module.forward(*call.args, **call.kwargs)`` gives the
+            float output. Empty for others, and while planning. Arguments must not be changed.
     """
 
     name: str
@@ -42,6 +46,8 @@ class Unit:
     specs: Mapping[str, QuantSpec]
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     subgraphs: Sequence[Subgraph] = ()
+    module: nn.Module | None = None
+    calls: Sequence[ProcessRequest] = ()
 
 
 @dataclass(frozen=True)
@@ -90,11 +96,14 @@ class Algorithm(Processor, ABC):
             cannot follow is measured in another pass.
         compensates: True when it makes up for errors of earlier layers, which it can only see in
             inputs that passed them quantized: the default of ``propagation``.
+        replays: True when ``apply`` runs the unit on its calibration inputs itself, as a trained
+            rounding does; gradients are off around it, so it turns them on where it wants them.
         fallback: what becomes of its linears where the result is bad; None keeps them.
     """
 
     rescales: bool = False
     compensates: bool = False
+    replays: bool = False
     fallback: Fallback | None = None
 
     requires: ClassVar[frozenset[str]] = frozenset()

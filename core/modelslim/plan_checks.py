@@ -53,8 +53,9 @@ class Step:
         """
         linears = {holder: model.get_submodule(holder) for holder in self.info.holders[name]}
         specs = {linear: self._by_module[linear] for linear in linears if linear in self._by_module}
-        modules = dict(model.get_submodule(name).named_modules(prefix=name)) if name else {}
-        return Unit(name, linears, specs, modules, self.subgraphs.get(name, ()))
+        module = model.get_submodule(name) if name else None
+        modules = dict(module.named_modules(prefix=name)) if module is not None else {}
+        return Unit(name, linears, specs, modules, self.subgraphs.get(name, ()), module)
 
     @cached_property
     def _by_module(self) -> Mapping[str, QuantSpec]:

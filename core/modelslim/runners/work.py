@@ -21,7 +21,7 @@ from modelslim.ports import Kinds, PortCollector
 from modelslim.quality import Quality, float_outputs, judge
 from modelslim.quantized import QuantizedLinear
 from modelslim.statistics import ChannelRange, RowSample, TensorRange, UnitStatistics, follows_rescaling
-from modelslim.types import QuantSpec
+from modelslim.types import ProcessRequest, QuantSpec
 
 View = tuple[Step, Unit]
 
@@ -85,6 +85,7 @@ class UnitWork:
         for layer in layers.values():
             layer.count_tokens()
         quantized = resume and self._plan.propagates_quantized
+        replays = any(step.algorithm.replays for step, _ in self._views)
         outcome = Outcome()
         expected: dict[str, Any] = {}
         borrowed: list[str] = []
@@ -93,7 +94,7 @@ class UnitWork:
         statistics = UnitStatistics({})
         for index, group in enumerate(self._passes):
             ports = self._collector(group)
-            last = index + 1 == len(self._passes) and not quantized
+            last = index + 1 == len(self._passes) and not quantized and not replays
 
             def passed(ports: PortCollector = ports) -> None:
                 ports.next_sample()
@@ -111,12 +112,12 @@ class UnitWork:
             statistics = ports.statistics()
             if index == 0:
                 expected = float_outputs(self._sampled(ports), statistics)
-            self._apply(group, statistics, outcome)
+            self._apply(group, statistics, outcome, boundary.waiting(self._unit) if replays else ())
         qualities = judge(outcome.modules, statistics, expected)
         self._fall_back(qualities, statistics, expected, outcome)
         self._finish(outcome)
-        if quantized:
-            with _in_place(self._model, outcome.modules):
+        if quantized or (replays and resume):
+            with _in_place(self._model, outcome.modules if quantized else {}):
                 boundary.run_unit(self._unit, after_sample, resume)
         outcome.record |= {
             "tokens": tokens,
@@ -135,8 +136,15 @@ class UnitWork:
         outcome.record |= {"tokens": 0}
         return outcome
 
-    def _apply(self, group: Sequence[View], statistics: UnitStatistics, outcome: Outcome) -> None:
-        for step, view in group:
+    def _apply(
+        self,
+        group: Sequence[View],
+        statistics: UnitStatistics,
+        outcome: Outcome,
+        calls: Sequence[ProcessRequest] = (),
+    ) -> None:
+        for step, seen in group:
+            view = replace(seen, calls=calls) if step.algorithm.replays else seen
             for name, module in step.algorithm.apply(view, statistics).items():
                 outcome.modules[name] = _checked(name, module)
             outcome.edited |= step.algorithm.edits(view)
@@ -195,7 +203,7 @@ class UnitWork:
 def count_passes(plan: Plan, unit: str) -> int:
     """How often each sample passes the unit: to be measured, and once more to be handed on quantized."""
     passes = len(list(_passes([(step, step.unit(unit, plan.model)) for step in plan.steps])))
-    return passes + int(plan.propagates_quantized)
+    return passes + int(plan.propagates_quantized or any(step.algorithm.replays for step in plan.steps))
 
 
 def _passes(views: Sequence[View]) -> Iterator[list[View]]:
