@@ -75,8 +75,14 @@ def test_quant_tells_people_what_it_does_and_what_came_out(quant: Program, w8a8_
     assert done.returncode == 0
     matches = [PROGRESS.fullmatch(line) for line in done.stderr.splitlines()]
     assert [match and match.groups() for match in matches] == [("1", "0"), ("2", "1"), ("3", "2")]
-    rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in done.stdout.splitlines()[1:])
-    assert re.fullmatch(r"Quantized in \d+\.\d s", done.stdout.splitlines()[0])
+    lines = done.stdout.splitlines()
+    last = next(index for index, line in enumerate(lines) if re.fullmatch(r"Quantized in \d+\.\d s", line))
+    # The ten linears that suffered most, the worst first.
+    assert lines[0].split() == "least faithful linears scheme relative error SNR, dB clipped".split()
+    worst = [line.split() for line in lines[1:last]]
+    assert len(worst) == 10 and all(words[1] == "W8A8" for words in worst)
+    assert [float(words[2]) for words in worst] == sorted((float(words[2]) for words in worst), reverse=True)
+    rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in lines[last + 1 :])
     assert rows["result"] == str(tmp_path / "out")
     assert rows["schemes"] == "21 linears W8A8"
     assert re.fullmatch(r"6 samples of .*calibration\.jsonl", rows["calibration"])
