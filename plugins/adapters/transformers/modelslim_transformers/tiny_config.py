@@ -100,7 +100,19 @@ def shrink_text(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
     count = _first(values, LAYERS)
     _put(small, LAYERS, layers)
     small.update({key: value[:layers] for key, value in listed_by_layer(values, count).items()})
+    if isinstance(values.get("per_layer_config"), Mapping):
+        small["per_layer_config"] = _shrink_deviations(values["per_layer_config"], layers)
     return {key: value for key, value in small.items() if key in values}
+
+
+def _shrink_deviations(deviations: Mapping[str, Mapping[str, Any]], layers: int) -> dict[str, Any]:
+    """Settings of single layers by their numbers; heads that are larger there stay larger."""
+    most = {**AT_MOST, "head_dim": 32}
+    return {
+        number: {key: _at_most(value, most[key]) if key in most else value for key, value in settings.items()}
+        for number, settings in deviations.items()
+        if int(number) < layers
+    }
 
 
 def shrink_tower(values: Mapping[str, Any], width: int) -> dict[str, Any]:

@@ -66,8 +66,8 @@ class Pattern:
             parent = _parent(block.module, self.source)
             rows = dict(layouts(source, parent))[self.layout]
             if self.type == "ov" and (size := head_size(parent)):
-                count = _size(source, "out_features") if rows is None else len(rows)
-                heads = (_size(target, "in_features") // size, count // size)
+                count = _width(source, -2) if rows is None else len(rows)
+                heads = (_width(target, -1) // size, count // size)
         targets = tuple(f"{block.name}.{name}" for name in self.targets)
         return Subgraph(self.type, f"{block.name}.{self.source}", targets, heads, rows, self.unit_offset)
 
@@ -116,11 +116,11 @@ def derive(real: Sequence[Block], tiny: Sequence[Block], model: TinyModel) -> To
 def _summary(
     left_out: Mapping[tuple[str, str], Sequence[tuple[Block, str]]], holders: Mapping[tuple[str, str], int]
 ) -> Iterator[tuple[str, str]]:
-    """One line for all layers where they agree."""
+    """One line for all layers where none has a subgraph there."""
     for (group, name), places in left_out.items():
         ending = f".{name}" if name else ""
-        if len(places) == holders[group, name] and len({reason for _, reason in places}) == 1:
-            yield f"{group}.*{ending}", places[0][1]
+        if len(places) == holders[group, name]:
+            yield f"{group}.*{ending}", "; or ".join(dict.fromkeys(reason for _, reason in places))
         else:
             yield from ((f"{block.name}{ending}", reason) for block, reason in places)
 
@@ -172,7 +172,7 @@ class _Search:
         size = head_size(parent)
         for layout, numbers in layouts(module, parent):
             rows = None if numbers is None else torch.tensor(numbers)
-            channels = _size(module, "out_features") if rows is None else len(rows)
+            channels = _width(module, -2) if rows is None else len(rows)
             targets = self._prove(name, channels, rows, size)
             if targets and self._is_exact(name, targets, channels, rows, size, False):
                 inside = name.rpartition(".")[0] == targets[0].rpartition(".")[0]
@@ -202,7 +202,8 @@ class _Search:
         scale = draw_scale(channels)
         factors = {}
         for target in targets:
-            factor = spread(scale, int(self._model.model.get_submodule(self._full(target)).weight.shape[-1]), size)  # type: ignore[union-attr,index]
+            reader = self._model.model.get_submodule(self._full(target))
+            factor = spread(scale, _width(reader, -1), size)
             assert factor is not None  # it was one when the reader was found
             factors[self._full(target)] = factor
         return self._model.is_fold_exact(self._full(name), factors, scale, rows, unit_offset)
@@ -235,5 +236,6 @@ def _parent(module: nn.Module, name: str) -> nn.Module:
     return module.get_submodule(name.rpartition(".")[0])
 
 
-def _size(linear: nn.Module, name: str) -> int:
-    return int(getattr(linear, name))
+def _width(module: Any, axis: int) -> int:
+    """Outputs (-2) or inputs (-1) of a weight [..., out, in]."""
+    return int(module.weight.shape[axis])

@@ -13,7 +13,7 @@ from modelslim.api import ExpertLinear
 
 HEAD_SIZES = ("v_head_dim", "head_dim", "head_size", "attention_head_size")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
 
 
 def head_size(attention: Any) -> int | None:

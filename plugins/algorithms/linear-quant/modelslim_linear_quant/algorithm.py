@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modelslim.api import (
     Algorithm,
     ExpertLinear,
+    Gram,
     LinearInfo,
     Pattern,
     Problem,
@@ -24,7 +24,9 @@ from modelslim.api import (
     UnitStatistics,
 )
 from modelslim_linear_quant.config import LinearQuantConfig
-from modelslim_linear_quant.minmax import WeightRounder, static_scale
+from modelslim_linear_quant.histogram import Histogram
+from modelslim_linear_quant.static import expert_scales, linear_scale
+from modelslim_linear_quant.weights import UnitRounder
 
 
 class LinearQuant(Algorithm):
@@ -34,7 +36,9 @@ class LinearQuant(Algorithm):
 
     def __init__(self, config: LinearQuantConfig) -> None:
         self._config = config
-        self._rounder = WeightRounder()
+        self._rounder = UnitRounder(config.weight)
+        self._static: type[TensorRange | Histogram] = Histogram if config.activation == "histogram" else TensorRange
+        self.compensates = config.weight.name == "gptq"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LinearQuant:
@@ -69,26 +73,31 @@ class LinearQuant(Algorithm):
         ]
 
     def needs(self, unit: Unit) -> Mapping[str, frozenset[type[Statistic]]]:
-        """The range of the input, where activations are static."""
-        return {name: frozenset({TensorRange}) for name, spec in unit.specs.items() if spec.is_static}
+        """What the methods of weights and static activations want to know of the inputs."""
+        needs: dict[str, set[type[Statistic]]] = {name: set() for name in unit.specs}
+        for name, spec in unit.specs.items():
+            if self._config.weight.sees_inputs:
+                needs[name].add(Gram)
+            if spec.is_static:
+                needs[name].add(self._static)
+        return {name: frozenset(kinds) for name, kinds in needs.items() if kinds}
 
     def apply(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, nn.Module]:
         """Quantize each linear that the plan gave to this entry."""
-        return {name: self._quantize(name, unit.linears[name], spec, statistics) for name, spec in unit.specs.items()}
-
-    def _quantize(self, name: str, linear: nn.Module, spec: QuantSpec, statistics: UnitStatistics) -> QuantizedLinear:
-        assert isinstance(linear, (nn.Linear, ExpertLinear))
-        fused = isinstance(linear, ExpertLinear)
-        scale = offset = None
-        if spec.is_static and fused:
-            ranges = statistics.get_experts(name, TensorRange)
-            parts = [static_scale(one, spec.activation, f"{name}, expert {index}") for index, one in enumerate(ranges)]
-            scale, offset = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
-        elif spec.is_static:
-            scale, offset = static_scale(statistics.get(name, TensorRange), spec.activation, name)
-        weight = self._rounder.quantize(linear.weight, spec.weight)
-        bias = None if linear.bias is None else linear.bias.detach().clone()
-        return (QuantizedExperts if fused else QuantizedLinear)(weight, spec, bias, scale, offset)
+        modules: dict[str, nn.Module] = {}
+        for name, weight in self._rounder.quantize(unit, statistics).items():
+            linear, spec = unit.linears[name], unit.specs[name]
+            assert isinstance(linear, (nn.Linear, ExpertLinear))
+            bias = None if linear.bias is None else linear.bias.detach().clone()
+            fused = isinstance(linear, ExpertLinear)
+            scale: Tensor | None = None
+            offset: Tensor | None = None
+            if spec.is_static and fused:
+                scale, offset = expert_scales(statistics.get_experts(name, self._static), spec.activation, name)
+            elif spec.is_static:
+                scale, offset = linear_scale(statistics.get(name, self._static), spec.activation, name)
+            modules[name] = (QuantizedExperts if fused else QuantizedLinear)(weight, spec, bias, scale, offset)
+        return modules
 
 
 def _divisors(number: int) -> list[int]:

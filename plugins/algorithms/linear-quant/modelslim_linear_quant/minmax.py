@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Round-to-nearest on the range of the values (min-max), for weights and for static activations.
+"""Round-to-nearest of weights on the range of their values (min-max).
 
 The formulas are those of Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference" (2018), section 2, with an offset instead of a zero point.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modelslim.api import QuantizationError, QuantizedTensor, TensorRange, TensorSpec, one_thread, range_to_scale
+from modelslim.api import QuantizedTensor, TensorSpec, one_thread, range_to_scale
 
 _BLOCK = 1 << 20  # values worked on at once: 4 MiB of float32 stay in the cache
 
@@ -69,24 +69,3 @@ class WeightRounder:
         if self._scratch.numel() < weight.numel() or self._scratch.device != weight.device:
             self._scratch = torch.empty(weight.numel(), dtype=torch.float32, device=weight.device)
         return self._scratch[: weight.numel()].view(weight.shape)
-
-
-def static_scale(observed: TensorRange, spec: TensorSpec, linear: str) -> tuple[Tensor, Tensor]:
-    """Scale float32 [1] and offset int8 [1] of an activation whose range was observed.
-
-    Raises:
-        QuantizationError: no token reached the linear, or its input is not finite.
-    """
-    if observed.minimum is None or observed.maximum is None:
-        raise QuantizationError(
-            f"{linear}: no calibration token reached it, so its static activation scale is unknown",
-            hint="calibrate on more varied data, exclude it, or quantize its activations per_token",
-        )
-    low, high = observed.minimum.view(1), observed.maximum.view(1)
-    if not (torch.isfinite(low) & torch.isfinite(high)).item():
-        raise QuantizationError(
-            f"{linear}: its input holds NaN or infinity during calibration",
-            hint="run the float model on the same data first; in float16 an overflow is likely, bfloat16 has none",
-        )
-    scale, offset = range_to_scale(low, high, spec)
-    return scale, torch.zeros_like(scale, dtype=torch.int8) if offset is None else offset

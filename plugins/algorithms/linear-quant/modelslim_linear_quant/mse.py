@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from modelslim.api import QuantizedTensor, TensorSpec, range_to_scale
-from modelslim_linear_quant.rows import bounds, find_scales, round_weight
+from modelslim_linear_quant.rows import clip_, find_scales, round_weight
 
-RATIOS = tuple(1 - 0.03 * index for index in range(20))
+RATIOS = tuple(1 - 0.04 * index for index in range(16))
 """The shares of the full range that are tried."""
 
 
@@ -35,8 +35,9 @@ def best_scales(weight: Tensor, spec: TensorSpec, energy: Tensor | None) -> tupl
     counts = None
     if energy is not None:
         size = spec.group_size or weight.shape[-1]
-        # An axis for the rows, and one more for the groups. Only ratios of energies matter.
-        counts = (energy / energy.mean(-1, keepdim=True).clamp(min=1e-30)).unflatten(-1, (-1, size)).unsqueeze(-3)
+        # Only ratios of energies matter.
+        ratios = energy / energy.mean(-1, keepdim=True).clamp(min=1e-30)
+        counts = ratios.reshape(*ratios.shape[:-1], 1, -1, size)
     return find_scales(weight, spec, lambda values: search(values, spec, counts))
 
 
@@ -65,16 +66,10 @@ def search(values: Tensor, spec: TensorSpec, counts: Tensor | None) -> tuple[Ten
     return scale, offset
 
 
-def _error(
-    values: Tensor, scale: Tensor, offset: Tensor | None, spec: TensorSpec, counts: Tensor | None
-) -> Tensor:
+def _error(values: Tensor, scale: Tensor, offset: Tensor | None, spec: TensorSpec, counts: Tensor | None) -> Tensor:
     exact = values * scale.reciprocal().unsqueeze(-1)
     steps = exact.round()
-    low, high = bounds(offset, spec)
-    if isinstance(low, Tensor) and isinstance(high, Tensor):
-        steps.clamp_(low.unsqueeze(-1), high.unsqueeze(-1))
-    else:
-        steps.clamp_(low, high)
+    clip_(steps, None if offset is None else offset.unsqueeze(-1), spec)
     steps.sub_(exact).square_()
     if counts is not None:
         steps.mul_(counts)

@@ -27,11 +27,11 @@ def find_scales(weight: Tensor, spec: TensorSpec, find: FindScale) -> tuple[Tens
     Returns:
         scale float32 and offset int8, or None when symmetric: [out, groups], with the experts in front.
     """
-    *experts, rows, columns = weight.shape
-    step = max(1, _BLOCK // (columns * (experts[0] if experts else 1)))
+    columns = weight.shape[-1]
+    step = max(1, _BLOCK * weight.shape[-2] // weight.numel())
     scales, offsets = [], []
     with one_thread():
-        for block in weight.split(step, dim=-2):
+        for block in torch.split(weight, step, dim=-2):
             shape = (*block.shape[:-1], -1, spec.group_size or columns)
             scale, offset = find(block.to(torch.float32).reshape(shape))
             scales.append(scale)
@@ -51,9 +51,7 @@ def round_weight(weight: Tensor, scale: Tensor, offset: Tensor | None, spec: Ten
         for start in range(0, len(flat), step):
             part = slice(start, start + step)
             values = flat[part].to(torch.float32).reshape(*flat_scale[part].shape, -1)
-            rounded = round_to_steps(
-                values, flat_scale[part], None if flat_offset is None else flat_offset[part], spec
-            )
+            rounded = round_to_steps(values, flat_scale[part], None if flat_offset is None else flat_offset[part], spec)
             if flat_offset is not None:
                 rounded += flat_offset[part].unsqueeze(-1)
             flat_codes[part] = rounded.view(-1, columns).to(torch.int8)
@@ -68,19 +66,16 @@ def round_to_steps(values: Tensor, scale: Tensor, offset: Tensor | None, spec: T
         scale, offset: [..., groups].
         spec: the scheme.
     """
-    low, high = bounds(offset, spec)
     steps = (values / scale.unsqueeze(-1)).round_()
-    if isinstance(low, Tensor) and isinstance(high, Tensor):
-        return steps.clamp_(low.unsqueeze(-1), high.unsqueeze(-1))
-    return steps.clamp_(low, high)
+    return clip_(steps, None if offset is None else offset.unsqueeze(-1), spec)
 
 
-def bounds(offset: Tensor | None, spec: TensorSpec) -> tuple[Tensor, Tensor] | tuple[int, int]:
-    """Smallest and largest multiple of the scale that a code can mean; float32 of the offset's shape."""
+def clip_(steps: Tensor, offset: Tensor | None, spec: TensorSpec) -> Tensor:
+    """Cut multiples of the scale, in place, to those that a code can mean."""
     if offset is None:
-        return spec.qmin, spec.qmax
-    whole = offset.to(torch.float32)
-    return spec.qmin - whole, spec.qmax - whole
+        return steps.clamp_(spec.qmin, spec.qmax)
+    whole = offset.to(torch.float32)  # the difference of two int8 would wrap around
+    return steps.clamp_(spec.qmin - whole, spec.qmax - whole)
 
 
 def held(scale: Tensor, offset: Tensor | None, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
@@ -91,7 +86,6 @@ def held(scale: Tensor, offset: Tensor | None, spec: TensorSpec) -> tuple[Tensor
         offset: whole numbers as float32 within the codes' range, or None when symmetric.
         spec: the scheme.
     """
-    low, high = bounds(offset, spec)
     if offset is None:
-        low = -spec.qmax
-    return range_to_scale(scale * low, scale * high, spec)
+        return range_to_scale(-scale * spec.qmax, scale * spec.qmax, spec)
+    return range_to_scale(scale * (spec.qmin - offset), scale * (spec.qmax - offset), spec)

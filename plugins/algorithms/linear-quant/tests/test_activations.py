@@ -18,7 +18,7 @@ from modelslim.api import (
     UnitStatistics,
 )
 from modelslim_linear_quant.algorithm import LinearQuant
-from modelslim_linear_quant.minmax import static_scale
+from modelslim_linear_quant.static import linear_scale as static_scale
 
 NAME = "model.layers.3.mlp.experts.7.up_proj"
 SYMMETRIC = TensorSpec("int8", "per_tensor")

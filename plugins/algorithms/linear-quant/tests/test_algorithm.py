@@ -10,8 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from modelslim.api import FLOAT, LinearInfo, QuantSpec, TensorRange, TensorSpec, Unit, UnitStatistics
+from modelslim.api import (
+    FLOAT,
+    Gram,
+    LinearInfo,
+    QuantSpec,
+    Statistic,
+    TensorRange,
+    TensorSpec,
+    Unit,
+    UnitStatistics,
+)
 from modelslim_linear_quant.algorithm import LinearQuant
+from modelslim_linear_quant.histogram import Histogram
 
 
 def info(name: str, unit: str, inputs: int) -> LinearInfo:
@@ -94,6 +105,28 @@ def test_range_is_measured_of_the_inputs_of_static_linears_only(act: Part, measu
     chosen = algorithm(act=act, include=["*mlp*"])
     expected = {f"model.layers.0.mlp.{name}": frozenset({TensorRange}) for name in ("up_proj", "down_proj")}
     assert chosen.needs(unit(chosen)) == (expected if measured else {})
+
+
+@pytest.mark.parametrize(
+    ("weight", "act", "kinds"),
+    [
+        ({"method": "gptq"}, None, {Gram}),
+        ({"method": "mse"}, {"scope": "per_token"}, {Gram}),
+        ({"method": "mse", "ext": {"error": "weight"}}, None, set()),
+        ({"method": "ssz"}, None, set()),
+        ({"method": "gptq"}, {}, {Gram, TensorRange}),
+        ({}, {"method": "histogram"}, {Histogram}),
+        ({"method": "mse"}, {"method": "histogram"}, {Gram, Histogram}),
+    ],
+)
+def test_methods_measure_what_they_see(weight: Part, act: Part, kinds: set[type[Statistic]]) -> None:
+    chosen = algorithm(weight, act, include=["*up_proj"])
+    assert chosen.needs(unit(chosen)) == ({"model.layers.0.mlp.up_proj": frozenset(kinds)} if kinds else {})
+
+
+@pytest.mark.parametrize(("method", "expected"), [("minmax", False), ("ssz", False), ("mse", False), ("gptq", True)])
+def test_only_gptq_makes_up_for_errors_of_earlier_layers(method: str, expected: bool) -> None:
+    assert algorithm({"method": method}).compensates is expected
 
 
 def test_linears_of_other_entries_are_not_touched() -> None:

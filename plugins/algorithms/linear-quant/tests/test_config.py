@@ -12,7 +12,7 @@ import pytest
 from jsonschema import Draft7Validator
 
 from modelslim.api import FLOAT, QuantSpec, TensorSpec
-from modelslim_linear_quant.config import LinearQuantConfig
+from modelslim_linear_quant.config import LinearQuantConfig, WeightMethod
 
 SCHEMA: dict[str, Any] = json.loads(
     (resources.files("modelslim_linear_quant") / "linear_quant.schema.json").read_text(encoding="utf-8")
@@ -34,13 +34,26 @@ def refusals(value: Mapping[str, Any]) -> list[str]:
     return sorted(".".join(map(str, error.absolute_path)) for error in errors)
 
 
-def spec(weight: Mapping[str, Any] | None = None, act: Mapping[str, Any] | None = None) -> QuantSpec:
+def parse(weight: Mapping[str, Any] | None = None, act: Mapping[str, Any] | None = None) -> LinearQuantConfig:
     value = entry(weight, act)
     assert refusals(value) == []
-    return LinearQuantConfig.parse(value).spec
+    return LinearQuantConfig.parse(value)
+
+
+def spec(weight: Mapping[str, Any] | None = None, act: Mapping[str, Any] | None = None) -> QuantSpec:
+    return parse(weight, act).spec
 
 
 INT8 = TensorSpec("int8", "per_channel")
+METHOD_OF = {
+    "step": "ssz",
+    "error": "mse",
+    "percdamp": "gptq",
+    "block_size": "gptq",
+    "act_order": "gptq",
+    "range": "gptq",
+}
+"""The fields of ``ext`` that belong to one method."""
 
 
 @pytest.mark.parametrize(
@@ -80,6 +93,68 @@ def test_activation_has_these_defaults(act: Mapping[str, Any] | None, expected: 
     assert spec(act=act) == QuantSpec(INT8, expected)
 
 
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        ({}, WeightMethod("minmax")),
+        ({"method": "ssz"}, WeightMethod("ssz", step=50)),
+        ({"method": "ssz", "ext": {"step": 3}}, WeightMethod("ssz", step=3)),
+        ({"method": "mse"}, WeightMethod("mse", error="output")),
+        ({"method": "mse", "ext": {"error": "weight"}}, WeightMethod("mse", error="weight")),
+        ({"method": "gptq"}, WeightMethod("gptq", percdamp=0.01, block_size=128, act_order=True, range="mse")),
+        (
+            {
+                "method": "gptq",
+                "scope": "per_group",
+                "ext": {"percdamp": 0.1, "block_size": 32, "group_size": 64, "act_order": False, "range": "minmax"},
+            },
+            WeightMethod("gptq", percdamp=0.1, block_size=32, act_order=False, range="minmax"),
+        ),
+    ],
+)
+def test_weight_method_has_these_fields(weight: Mapping[str, Any], expected: WeightMethod) -> None:
+    assert parse(weight).weight == expected
+
+
+@pytest.mark.parametrize(
+    ("weight", "sees"),
+    [
+        ({}, False),
+        ({"method": "ssz"}, False),
+        ({"method": "mse"}, True),
+        ({"method": "mse", "ext": {"error": "weight"}}, False),
+        ({"method": "gptq"}, True),
+    ],
+)
+def test_methods_that_minimize_the_error_of_the_output_see_inputs(weight: Mapping[str, Any], sees: bool) -> None:
+    assert parse(weight).weight.sees_inputs == sees
+
+
+@pytest.mark.parametrize(
+    ("act", "expected"),
+    [
+        (None, "minmax"),
+        ({}, "minmax"),
+        ({"method": "histogram"}, "histogram"),
+        ({"method": "histogram", "symmetric": True}, "histogram"),
+        ({"dtype": "float", "method": "none"}, "minmax"),
+    ],
+)
+def test_activation_method(act: Mapping[str, Any] | None, expected: str) -> None:
+    assert parse(act=act).activation == expected
+
+
+@pytest.mark.parametrize("field", METHOD_OF)
+def test_field_of_another_method_is_refused_with_the_method_that_has_it(field: str) -> None:
+    values = {"error": "weight", "act_order": True, "range": "mse"}
+    for method in (None, "minmax", "ssz", "mse", "gptq"):
+        weight: dict[str, Any] = {"ext": {field: values.get(field, 1)}}
+        if method is not None:
+            weight["method"] = method
+        places = [] if method == METHOD_OF[field] else [f"qconfig.weight.ext.{field}"]
+        assert refusals(entry(weight)) == places, method
+
+
 def test_all_linears_are_included_and_none_excluded_by_default() -> None:
     selector = LinearQuantConfig.parse(entry()).selector
     assert (list(selector.include), list(selector.exclude)) == (["*"], [])
@@ -100,6 +175,16 @@ def test_all_linears_are_included_and_none_excluded_by_default() -> None:
         (entry({"dtype": "float"}), ["qconfig.weight.dtype"]),
         (entry({"scope": "per_token"}), ["qconfig.weight.scope"]),
         (entry({"method": "none"}), ["qconfig.weight.method"]),
+        (entry({"method": "histogram"}), ["qconfig.weight.method"]),
+        (entry({"method": "ssz", "ext": {"step": 0}}), ["qconfig.weight.ext.step"]),
+        (entry({"method": "mse", "ext": {"error": "input"}}), ["qconfig.weight.ext.error"]),
+        (entry({"method": "gptq", "ext": {"percdamp": 0}}), ["qconfig.weight.ext.percdamp"]),
+        (entry({"method": "gptq", "ext": {"block_size": 0}}), ["qconfig.weight.ext.block_size"]),
+        (entry({"method": "gptq", "ext": {"range": "full"}}), ["qconfig.weight.ext.range"]),
+        (entry({"method": "gptq", "ext": {"act_order": 1}}), ["qconfig.weight.ext.act_order"]),
+        (entry(act={"method": "ssz"}), ["qconfig.act.method"]),
+        (entry(act={"method": "histogram", "scope": "per_token"}), ["qconfig.act.method"]),
+        (entry(act={"method": "histogram", "dtype": "float"}), ["qconfig.act.method"]),
         (entry({"symmetric": "yes"}), ["qconfig.weight.symmetric"]),
         (entry({"scope": "per_group", "group_size": 0}), ["qconfig.weight.group_size"]),
         (entry({"scope": "per_group", "group_size": "128"}), ["qconfig.weight.group_size"]),
@@ -181,9 +266,11 @@ def test_parser_has_the_defaults_that_the_schema_states() -> None:
     for path, default in stated.items():
         _, part, *rest = path.split(".")
         keys = {"scope": "per_group"} if rest[-1] == "group_size" else {}
+        if rest[-1] in METHOD_OF:
+            keys = {"method": METHOD_OF[rest[-1]]}
         written = {**keys, **({"ext": {rest[1]: default}} if rest[0] == "ext" else {rest[0]: default})}
         act: dict[str, Any] | None = {} if part == "act" else None
-        assert spec(**{"act": act, part: keys}) == spec(**{"act": act, part: written}), path
+        assert parse(**{"act": act, part: keys}) == parse(**{"act": act, part: written}), path
 
 
 def test_every_property_is_described() -> None:

@@ -67,14 +67,11 @@ def per_source(scale: Tensor, heads: tuple[int, int] | None) -> Tensor:
     Returns:
         [..., key/value heads * size].
     """
-    if heads is None or heads[0] == heads[1]:
-        return scale
-    grouped = scale.view(*scale.shape[:-1], heads[1], heads[0] // heads[1], -1)
-    return grouped.mean(-2).flatten(-2)
+    return scale if heads is None else _grouped(scale, heads).mean(-2).flatten(-2)
 
 
 def per_target(scale: Tensor, heads: tuple[int, int] | None) -> Tensor:
-    """The inverse view: every attention head gets the scale of its key/value head.
+    """The way back: every attention head gets the scale of its key/value head.
 
     Args:
         scale: [..., key/value heads * size].
@@ -83,10 +80,15 @@ def per_target(scale: Tensor, heads: tuple[int, int] | None) -> Tensor:
     Returns:
         [..., attention heads * size].
     """
-    if heads is None or heads[0] == heads[1]:
+    if heads is None:
         return scale
     grouped = scale.view(*scale.shape[:-1], heads[1], -1)
     return grouped.repeat_interleave(heads[0] // heads[1], -2).flatten(-2)
+
+
+def largest_per_source(values: Tensor, heads: tuple[int, int] | None) -> Tensor:
+    """As ``per_source``, with the maximum in place of the mean."""
+    return values if heads is None else _grouped(values, heads).amax(-2).flatten(-2)
 
 
 def limit(scale: Tensor, source: Tensor, target: Tensor, dtype: torch.dtype, smallest_step: float = 0.0) -> Tensor:
@@ -113,6 +115,11 @@ def limit(scale: Tensor, source: Tensor, target: Tensor, dtype: torch.dtype, sma
         torch.where(source > 0, source / max(least, smallest_step), most * one),
     )
     return scale.clamp(low.clamp(max=1), high.clamp(min=1))
+
+
+def _grouped(values: Tensor, heads: tuple[int, int]) -> Tensor:
+    """[..., key/value heads, attention heads that share one, size]."""
+    return values.view(*values.shape[:-1], heads[1], heads[0] // heads[1], -1)
 
 
 def _alive(a: Tensor, scale: Tensor, smallest: float) -> Tensor:

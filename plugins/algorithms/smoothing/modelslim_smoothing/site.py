@@ -22,7 +22,7 @@ from modelslim.api import (
     UnitStatistics,
 )
 from modelslim_smoothing import fold
-from modelslim_smoothing.scales import limit, per_source, per_target
+from modelslim_smoothing.scales import largest_per_source, limit, per_source, per_target
 
 S = TypeVar("S", bound=Statistic)
 
@@ -113,14 +113,13 @@ class Site:
         """The scale that can be folded: equal for heads that share a value, and within the range of the dtype."""
         heads, unit_offset = self.subgraph.heads, self.subgraph.unit_offset
         reading = fold.column_magnitudes(self.targets.values(), per_expert=self.per_expert)
-        if heads is not None and heads[0] != heads[1]:
-            reading = reading.view(heads[1], heads[0] // heads[1], -1).amax(-2).flatten(-2)
         if self.is_norm:
             made = fold.gain_magnitudes(self.source, unit_offset=unit_offset)
         else:
             made = fold.row_magnitudes(self.source, self.subgraph.rows)
         # A gain of 1 + weight is stored as a number near 1, which has no fine steps.
         step = torch.finfo(self.dtype).eps if unit_offset else 0.0
+        reading = largest_per_source(reading, heads)
         return per_target(limit(per_source(scale, heads), made, reading, self.dtype, step), heads)
 
     def fold(self, scale: Tensor, shift: Tensor | None, statistics: UnitStatistics) -> None:
@@ -134,7 +133,8 @@ class Site:
         if self.is_norm:
             scale, shift = fold.divide_norm(self.source, scale, shift, unit_offset=self.subgraph.unit_offset)
         else:
-            fold.divide_rows(self.source, per_source(scale, self.subgraph.heads), self.subgraph.rows)
+            # The scales of a group are equal: a mean could differ from them in the last bit.
+            fold.divide_rows(self.source, largest_per_source(scale, self.subgraph.heads), self.subgraph.rows)
         if shift is not None:
             fold.add_shift(self.targets.values(), shift)
         fold.multiply_columns(self.targets.values(), scale)

@@ -63,10 +63,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(size, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (one(x).view(len(x), -1, self.size).transpose(0, 1) for one in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            one(x).view(len(x), one.out_features // self.size, self.size).transpose(0, 1)
+            for one in (self.q_proj, self.k_proj, self.v_proj)
+        )
         k, v = (one.repeat_interleave(self.heads // self.kv_heads, 0) for one in (k, v))
         probabilities = (q @ k.transpose(1, 2) / self.size**0.5).softmax(-1)
-        return self.o_proj((probabilities @ v).transpose(0, 1).reshape(len(x), -1))
+        return self.o_proj((probabilities @ v).transpose(0, 1).flatten(1))
 
 
 class MLP(nn.Module):
@@ -198,9 +201,7 @@ class Toy:
         return statistics
 
 
-def measure(
-    layer: nn.Module, unit: Unit, needs: Mapping[str, frozenset[type[Statistic]]], x: Tensor
-) -> UnitStatistics:
+def measure(layer: nn.Module, unit: Unit, needs: Mapping[str, frozenset[type[Statistic]]], x: Tensor) -> UnitStatistics:
     """Statistics of the inputs of the named modules, without sharing."""
     ports: dict[str, dict[type[Statistic], Statistic]] = {}
     experts: dict[str, list[dict[type[Statistic], Statistic]]] = {}

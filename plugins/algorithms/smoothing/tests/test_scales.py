@@ -20,7 +20,8 @@ def test_balance_is_a_to_alpha_over_w_to_beta(alpha: float, beta: float) -> None
     a, w = numbers(50), numbers(50, seed=1)
     w[:3] = torch.tensor([0.0, 1e-9, 1e-5])
     expected = [
-        max(x**alpha / max(y, 1e-5) ** beta, 1e-3) for x, y in zip(a.double().tolist(), w.double().tolist(), strict=True)
+        max(x**alpha / max(y, 1e-5) ** beta, 1e-3)
+        for x, y in zip(a.double().tolist(), w.double().tolist(), strict=True)
     ]
     torch.testing.assert_close(balance(a, w, alpha, beta, 1e-3), torch.tensor(expected), rtol=1e-5, atol=0)
 
