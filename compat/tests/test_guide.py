@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modelslim.api import VlmCalibSample, hookimpl
+from modelslim.api import CapabilityError, Subgraph, VlmCalibSample, hookimpl
 from modelslim.checkpoint import Checkpoint
 from modelslim.cli.main import main
 from modelslim.open_model import OpenModel
@@ -236,9 +236,13 @@ spec:
     assert f"and not {LAYER}.2.mlp.experts.3.up_proj.weight, which are parts of the stored tensor" in error
 
 
-def test_the_topology_goes_through(vl_model: Path) -> None:
+def test_the_topology_is_translated(vl_model: Path) -> None:
     session = Session(open_adapter(vl_model))
-    subgraphs = session.get_adapter_config_for_subgraph(nn.Module())
-    assert subgraphs is not None and len(subgraphs) == 8
-    assert (subgraphs[1].subgraph_type, subgraphs[1].mapping.targets) == ("ov", [f"{LAYER}.0.self_attn.o_proj"])
+    topology = session.get_adapter_config_for_subgraph(session.init_model("meta"))
+    assert topology is not None and len(topology.subgraphs) == 8
+    attention = f"{LAYER}.0.self_attn"
+    assert topology.subgraphs[1] == Subgraph("ov", f"{attention}.v_proj", (f"{attention}.o_proj",), heads=(4, 2))
+    assert topology.subgraphs[0].type == "norm-linear" and not topology.subgraphs[0].unit_offset
+    with pytest.raises(CapabilityError, match="which the model does not have"):
+        session.get_adapter_config_for_subgraph(nn.Module())
     assert not session.has("get_rotate_map")

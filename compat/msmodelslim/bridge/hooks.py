@@ -11,10 +11,11 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from modelslim.api import ProcessRequest, WeightSource, hookimpl
+from modelslim.api import ProcessRequest, Topology, WeightSource, hookimpl
 from msmodelslim.bridge.forward import mend_rope_index, run_forward
 from msmodelslim.bridge.loading import Promises, load
 from msmodelslim.bridge.processors import processors_without_torchvision
+from msmodelslim.bridge.topology import to_topology
 from msmodelslim.core.const import DeviceType
 
 _promises: WeakKeyDictionary[nn.Module, Promises] = WeakKeyDictionary()
@@ -89,10 +90,9 @@ def enable_kv_cache(self: Any, model: nn.Module, need_kv_cache: bool) -> None:
     self.enable_kv_cache(model, need_kv_cache)
 
 
-def get_adapter_config_for_subgraph(self: Any) -> Sequence[Any]:
+def get_adapter_config_for_subgraph(self: Any, model: nn.Module) -> Topology:
     """The adapter's subgraphs."""
-    subgraphs: Sequence[Any] = self.get_adapter_config_for_subgraph()
-    return subgraphs
+    return to_topology(self.get_adapter_config_for_subgraph(), model, self.config)
 
 
 def get_ln_fuse_map(self: Any) -> Any:
