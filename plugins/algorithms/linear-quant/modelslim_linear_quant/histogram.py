@@ -30,13 +30,13 @@ class Histogram(Statistic):
         """Count the values of a batch."""
         if not x.numel():
             return
-        patterns = x.to(torch.bfloat16).contiguous().view(torch.int16).flatten().to(torch.int64)
-        patterns += _PATTERNS // 2
+        patterns = x.to(torch.bfloat16).contiguous().view(torch.int16).flatten()
         if x.is_cpu:
-            self._take(torch.bincount(patterns, minlength=_PATTERNS))
+            self._take(torch.bincount(patterns.to(torch.int32) + _PATTERNS // 2, minlength=_PATTERNS))
         else:  # bincount would wait for the device
-            empty = torch.zeros(_PATTERNS, dtype=torch.int64, device=x.device)
-            self._take(empty.scatter_add_(0, patterns, torch.ones_like(patterns)))
+            index = patterns.to(torch.int64) + _PATTERNS // 2
+            counts = torch.zeros(_PATTERNS, dtype=torch.int64, device=x.device)
+            self._take(counts.scatter_add_(0, index, torch.ones_like(index)))
 
     def merge(self, other: Statistic) -> None:
         """Add what another instance counted."""

@@ -13,8 +13,11 @@ from modelslim.api import ExpertLinear, QuantSpec, UnitStatistics
 from modelslim_smoothing.rounding import round_input, round_weight
 from modelslim_smoothing.site import Site
 
-_EXPERTS = 8  # of a layer that take part; more cost time and say the same
-_BLOCK = 1 << 24  # values of weights that are worked on at once
+# What takes part in a trial; more costs time and says the same.
+_EXPERTS = 8  # of a layer
+_OUTPUTS = 256  # of a linear
+_TOKENS = 128
+_BLOCK = 1 << 20  # values worked on at once: 4 MiB of float32 stay in the cache
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def trials(site: Site, statistics: UnitStatistics) -> list[Trial]:
     seen = [number for number, x in enumerate(rows) if len(x)]
     return [
         _trial(rows[number], low[number], high[number], [one.weight[number] for one in site.judged.values()], number)  # type: ignore[index]
-        for number in _spread(seen)
+        for number in _spread(seen, _EXPERTS)
     ]
 
 
@@ -107,7 +110,8 @@ def exponents(steps: int, scale: Tensor, *, last: bool = True) -> Tensor:
 
 
 def _trial(x: Tensor, low: Tensor, high: Tensor, weights: Sequence[Tensor], expert: int | None) -> Trial:
-    weights = [weight.to(torch.float32) for weight in weights]
+    x = x[_spread(range(len(x)), _TOKENS)]
+    weights = [weight[_spread(range(len(weight)), _OUTPUTS)].to(torch.float32) for weight in weights]
     outputs = [x @ weight.t() for weight in weights]
     tiny = torch.finfo(torch.float32).tiny
     importance = [(1 / y.square().sum().clamp(min=tiny)).expand(y.shape[1]) for y in outputs]
@@ -117,10 +121,10 @@ def _trial(x: Tensor, low: Tensor, high: Tensor, weights: Sequence[Tensor], expe
 def _matrices(module: torch.nn.Module) -> list[Tensor]:
     weight: Tensor = module.weight  # type: ignore[assignment]
     if isinstance(module, ExpertLinear):
-        return [weight[number] for number in _spread(range(module.experts))]
+        return [weight[number] for number in _spread(range(module.experts), _EXPERTS)]
     return [weight]
 
 
-def _spread(numbers: Sequence[int]) -> list[int]:
-    """Some of them, evenly spread."""
-    return [numbers[place] for place in range(0, len(numbers), max(1, -(-len(numbers) // _EXPERTS)))]
+def _spread(numbers: Sequence[int], count: int) -> list[int]:
+    """At most ``count`` of them, evenly spread."""
+    return list(numbers[:: max(1, -(-len(numbers) // count))])

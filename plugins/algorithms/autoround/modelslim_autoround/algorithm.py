@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``autoround_quant``: integer weights whose rounding is trained on the output of the unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelslim.api import (
+    Algorithm,
+    ExpertLinear,
+    LinearInfo,
+    Pattern,
+    Problem,
+    ProcessRequest,
+    QuantizationError,
+    QuantizedExperts,
+    QuantizedLinear,
+    QuantSpec,
+    Statistic,
+    TensorRange,
+    TensorSpec,
+    Unit,
+    UnitStatistics,
+    range_to_scale,
+)
+from modelslim_autoround.config import AutoRoundConfig
+from modelslim_autoround.simulated import InputRounding, SimulatedExperts, SimulatedLinear
+from modelslim_autoround.start import Factor, best_ratios, factor, moved_values
+from modelslim_autoround.training import Descent, Inputs, choose, run
+from modelslim_autoround.weight import TrainedWeight
+
+
+class AutoRoundQuant(Algorithm):
+    """Trains the rounding of each unit's weights. Activations are float, static or computed per token."""
+
+    takes_experts = True
+    compensates = True
+    replays = True
+
+    def __init__(self, config: AutoRoundConfig) -> None:
+        self._config = config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> AutoRoundQuant:
+        """Make it from an entry of ``process``."""
+        return cls(AutoRoundConfig.parse(config))
+
+    def patterns(self) -> Sequence[Pattern]:
+        """``include`` and ``exclude`` of every strategy."""
+        return [
+            (("strategies", index, *place), pattern)
+            for index, strategy in enumerate(self._config.strategies)
+            for place, pattern in strategy.selector.patterns()
+        ]
+
+    def select(self, linears: Sequence[LinearInfo]) -> Mapping[str, QuantSpec]:
+        """What the first strategy that selects a linear says."""
+        chosen: dict[str, QuantSpec] = {}
+        for strategy in self._config.strategies:
+            for linear in strategy.selector.select(linears):
+                chosen.setdefault(linear.name, strategy.spec)
+        return chosen
+
+    def check(self, linears: Sequence[LinearInfo]) -> Sequence[Problem]:
+        """Refuse group sizes that do not divide the inputs of a selected linear."""
+        specs = self.select(linears)
+        odd: dict[tuple[int, int], list[str]] = {}
+        for linear in linears:
+            spec = specs.get(linear.name)
+            size = None if spec is None else spec.weight.group_size
+            if size is not None and linear.in_features % size:
+                odd.setdefault((size, linear.in_features), []).append(linear.name)
+        return [
+            Problem(
+                f"group_size {size} does not divide the {inputs} inputs of {names[0]}"
+                + (f" and {len(names) - 1} others" if len(names) > 1 else ""),
+                hint=f"sizes that do: {', '.join(str(one) for one in range(16, inputs + 1) if inputs % one == 0)}",
+                path=("strategies",),
+            )
+            for (size, inputs), names in odd.items()
+        ]
+
+    def needs(self, unit: Unit) -> Mapping[str, frozenset[type[Statistic]]]:
+        """The range of the input: for static activations, and so that the unit is calibrated at all."""
+        if self._config.training.trains:
+            return {name: frozenset({TensorRange}) for name in unit.specs}
+        return {name: frozenset({TensorRange}) for name, spec in unit.specs.items() if spec.is_static}
+
+    def apply(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, nn.Module]:
+        """Train the linears that the plan gave to this entry, all at once."""
+        roundings = {name: _rounding(name, unit.linears[name], spec, statistics) for name, spec in unit.specs.items()}
+        weights = {name: TrainedWeight(_weight(unit.linears[name]), spec.weight) for name, spec in unit.specs.items()}
+        calls = choose(unit.calls, self._config.training.samples)
+        if self._config.training.trains and unit.module is not None and calls and weights:
+            self._train(unit, weights, roundings, calls)
+        return {
+            name: _quantized(unit.linears[name], weight, spec, roundings[name])
+            for (name, weight), spec in zip(weights.items(), unit.specs.values(), strict=True)
+        }
+
+    def _train(
+        self,
+        unit: Unit,
+        weights: Mapping[str, TrainedWeight],
+        roundings: Mapping[str, InputRounding],
+        calls: Sequence[ProcessRequest],
+    ) -> None:
+        training = self._config.training
+        inputs = Inputs()
+        targets = []
+        watched = {} if training.start == "minmax" else {name: unit.linears[name] for name in weights}
+        with inputs.watching(watched):
+            for call in calls:
+                targets.append(run(call))
+                inputs.next_call()
+        simulated = {
+            name: _simulated(unit.linears[name], weight, roundings[name]) for name, weight in weights.items()
+        }
+        with _in_place(unit, simulated):
+            descent = Descent(unit.name, list(weights.values()), calls, targets, training)
+            descent.keep_best()
+            if watched:
+                _start(weights, unit, inputs, moves=training.start == "gptq")
+                descent.keep_best()
+            descent.run()
+            descent.keep_best()
+            descent.restore_best()
+
+
+def _start(weights: Mapping[str, TrainedWeight], unit: Unit, inputs: Inputs, moves: bool) -> None:
+    """Begin with ranges, and with values if ``moves``, that suit the inputs."""
+    factors: dict[int, Factor] = {}
+    for name, weight in weights.items():
+        linear, spec = unit.linears[name], unit.specs[name].weight
+        gram = inputs.grams.get(name)
+        matrix = None if gram is None else gram.matrix
+        if matrix is None:
+            energy = inputs.energies.get(name)
+        else:
+            energy = matrix.diagonal()
+        if energy is None:  # no sample reached it
+            continue
+        ratios = best_ratios(_weight(linear), spec, energy)
+        weight.start_at(ratios, ratios.clone())
+        if moves and gram is not None and matrix is not None:
+            if id(gram) not in factors:
+                factors[id(gram)] = factor(matrix, name)
+            moved = moved_values(_weight(linear), factors[id(gram)], *weight.scale(), spec)
+            weight.start_at(ratios, ratios.clone(), moved)
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    assert isinstance(linear, (nn.Linear, ExpertLinear))
+    return linear.weight.detach()
+
+
+def _simulated(linear: nn.Module, weight: TrainedWeight, rounding: InputRounding) -> nn.Module:
+    if isinstance(linear, ExpertLinear):
+        return SimulatedExperts(linear, weight, rounding)
+    assert isinstance(linear, nn.Linear)
+    return SimulatedLinear(linear, weight, rounding)
+
+
+def _quantized(linear: nn.Module, weight: TrainedWeight, spec: QuantSpec, rounding: InputRounding) -> QuantizedLinear:
+    assert isinstance(linear, (nn.Linear, ExpertLinear))
+    kind = QuantizedExperts if isinstance(linear, ExpertLinear) else QuantizedLinear
+    bias = None if linear.bias is None else linear.bias.detach().clone()
+    return kind(weight.quantized(), spec, bias, rounding.scale, rounding.offset)
+
+
+def _rounding(name: str, linear: nn.Module, spec: QuantSpec, statistics: UnitStatistics) -> InputRounding:
+    if not spec.is_static:
+        return InputRounding(spec.activation)
+    if isinstance(linear, ExpertLinear):
+        ranges = statistics.get_experts(name, TensorRange)
+        parts = [_static(one, spec.activation, f"{name}, expert {index}") for index, one in enumerate(ranges)]
+        scale, offset = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+    else:
+        scale, offset = _static(statistics.get(name, TensorRange), spec.activation, name)
+    return InputRounding(spec.activation, scale, offset)
+
+
+def _static(observed: TensorRange, spec: TensorSpec, linear: str) -> tuple[Tensor, Tensor]:
+    """Scale float32 [1] and offset int8 [1] of an input whose range was observed."""
+    if observed.minimum is None or observed.maximum is None:
+        raise QuantizationError(
+            f"{linear}: no calibration token reached it, so its static activation scale is unknown",
+            hint="calibrate on more varied data, exclude it, or quantize its activations per_token",
+        )
+    low, high = observed.minimum.view(1), observed.maximum.view(1)
+    if not (torch.isfinite(low) & torch.isfinite(high)).item():
+        raise QuantizationError(
+            f"{linear}: its input holds NaN or infinity during calibration",
+            hint="run the float model on the same data first; in float16 an overflow is likely, bfloat16 has none",
+        )
+    scale, offset = range_to_scale(low, high, spec)
+    return scale, torch.zeros_like(scale, dtype=torch.int8) if offset is None else offset
+
+
+@contextmanager
+def _in_place(unit: Unit, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let other modules stand in the unit for a while."""
+    assert unit.module is not None
+    inside = unit.module
+    places = {name.removeprefix(f"{unit.name}."): module for name, module in modules.items()}
+    originals = {place: inside.get_submodule(place) for place in places}
+    for place, module in places.items():
+        inside.set_submodule(place, module)
+    try:
+        yield
+    finally:
+        for place, module in originals.items():
+            inside.set_submodule(place, module)

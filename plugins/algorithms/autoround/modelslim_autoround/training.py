@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The descent: what the unit's output should be, and steps against the sign of the gradient of its error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelslim.api import ExpertLinear, Gram, ProcessRequest, QuantizationError
+from modelslim_autoround.config import Training
+from modelslim_autoround.weight import State, TrainedWeight
+
+_JUDGED = 4  # calls on which iterates are compared, about
+
+
+class Inputs:
+    """What is known of the inputs of linears: second moments, of fused experts the energies alone.
+
+    Attributes:
+        grams: by linear name; linears that read the same tensor share one.
+        energies: float32 [experts, in], by the name of an ``ExpertLinear``.
+    """
+
+    def __init__(self) -> None:
+        self.grams: dict[str, Gram] = {}
+        self.energies: dict[str, Tensor] = {}
+        self._seen: dict[int, tuple[Tensor, Gram]] = {}
+
+    @contextmanager
+    def watching(self, linears: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Take in what flows into these while this is open."""
+        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in linears.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def next_call(self) -> None:
+        """Say that the unit has been computed once; tensors of the call are not seen again."""
+        self._seen.clear()
+
+    def _hook(self, name: str) -> Any:
+        def take(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if isinstance(module, ExpertLinear):
+                self._take_experts(name, module, *args)
+            else:
+                self._take(name, args[0])
+
+        return take
+
+    def _take(self, name: str, x: Tensor) -> None:
+        _, shared = self._seen.get(id(x), (None, None))
+        if name not in self.grams:
+            self.grams[name] = shared if shared is not None else Gram()
+        gram = self.grams[name]
+        if gram is not shared:
+            self._seen[id(x)] = (x, gram)  # kept, so that no other tensor takes its identity
+            gram.update(x.reshape(-1, x.shape[-1]))
+
+    def _take_experts(self, name: str, bank: ExpertLinear, x: Tensor, counts: Sequence[int]) -> None:
+        if name not in self.energies:
+            self.energies[name] = torch.zeros((bank.experts, bank.in_features), device=x.device)
+        for expert, rows in enumerate(x.split([*counts, len(x) - sum(counts)])[: len(counts)]):
+            self.energies[name][expert] += rows.to(torch.float32).square().sum(0)
+
+
+def choose(calls: Sequence[ProcessRequest], samples: int) -> list[ProcessRequest]:
+    """At most so many calls, spread evenly."""
+    if len(calls) <= samples:
+        return list(calls)
+    return [calls[index * len(calls) // samples] for index in range(samples)]
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The floating tensors of what a unit returns, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, (tuple, list)):
+        return [tensor for part in output for tensor in tensors(part)]
+    return []
+
+
+def run(call: ProcessRequest) -> list[Tensor]:
+    """The unit's output on a call."""
+    return tensors(call.module.forward(*call.args, **call.kwargs))
+
+
+class Descent:
+    """Trains the weights of a unit that stand in it.
+
+    Args:
+        unit: its name, for errors.
+        weights: what is trained.
+        calls: what the unit is called with.
+        targets: what it should return for each.
+        training: how.
+    """
+
+    def __init__(
+        self,
+        unit: str,
+        weights: Sequence[TrainedWeight],
+        calls: Sequence[ProcessRequest],
+        targets: Sequence[Sequence[Tensor]],
+        training: Training,
+    ) -> None:
+        self._unit = unit
+        self._weights = weights
+        self._calls = calls
+        self._targets = targets
+        self._training = training
+        self._least = math.inf
+        self._best: list[State] | None = None
+
+    def keep_best(self) -> None:
+        """Remember the weights as they are now, if no earlier ones had less error."""
+        error = self.error()
+        if self._best is None or error < self._least:
+            self._least, self._best = error, [weight.state() for weight in self._weights]
+
+    def restore_best(self) -> None:
+        """Return to the weights with the least error."""
+        for weight, state in zip(self._weights, self._best or (), strict=True):
+            weight.restore(state)
+
+    def error(self) -> float:
+        """The squared error of the output with the weights as they are now, on some of the calls.
+
+        Raises:
+            QuantizationError: it is not finite.
+        """
+        for weight in self._weights:
+            weight.refresh()
+        chosen = range(0, len(self._calls), max(1, len(self._calls) // _JUDGED))
+        with torch.no_grad():
+            error = torch.stack([self._error(index) for index in chosen]).sum().item()
+        if not math.isfinite(error):
+            raise QuantizationError(
+                f"{self._unit}: its output holds NaN or infinity during calibration",
+                hint="run the float model on the same data first; in float16 an overflow is likely, bfloat16 has none",
+            )
+        return error
+
+    def run(self) -> None:
+        """Do all steps."""
+        training = self._training
+        leaves = [weight.value for weight in self._weights]
+        order = self._order()
+        for step in range(training.iters):
+            for weight in self._weights:
+                weight.refresh()
+            with torch.enable_grad():
+                for _ in range(min(training.batch_size, len(self._calls))):
+                    self._error(next(order)).backward(inputs=leaves)
+            left = 1 - step / training.iters
+            for weight in self._weights:
+                weight.step(
+                    training.lr * left if training.round_tuning else 0.0,
+                    training.minmax_lr * left if training.minmax_tuning else 0.0,
+                )
+
+    def _order(self) -> Iterator[int]:
+        """Numbers of calls, each once before one comes again."""
+        generator = torch.Generator().manual_seed(self._training.seed)
+        while True:
+            yield from torch.randperm(len(self._calls), generator=generator).tolist()
+
+    def _error(self, index: int) -> Tensor:
+        outputs = run(self._calls[index])
+        parts = [
+            (output.to(torch.float32) - target.to(torch.float32)).square().sum()
+            for output, target in zip(outputs, self._targets[index], strict=True)
+        ]
+        return torch.stack(parts).sum()

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a calibration pass measures, against the same tokens looked at as a whole in double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from modelslim.statistics import (
+    ChannelAbsMean,
+    ChannelRange,
+    Gram,
+    RowSample,
+    Statistic,
+    TensorRange,
+    TokenCount,
+    UnitStatistics,
+    follows_rescaling,
+)
+
+CHANNELS = 12
+KINDS: tuple[type[Statistic], ...] = (ChannelAbsMean, ChannelRange, Gram, RowSample, TensorRange, TokenCount)
+S = TypeVar("S", bound=Statistic)
+
+
+def tokens(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Correlated channels of different sizes, off centre."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(count, CHANNELS, generator=generator) @ torch.randn(CHANNELS, CHANNELS, generator=generator)
+    return (mixed * torch.logspace(-1, 1, CHANNELS) + 0.5).to(dtype)
+
+
+def batches(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Batches of different lengths, one of them empty."""
+    return [tokens(count, seed, dtype) for seed, count in enumerate((5, 1, 0, 17, 9))]
+
+
+def observed(kind: type[S], parts: Sequence[Tensor]) -> S:
+    statistic = kind()
+    for part in parts:
+        statistic.update(part)
+    return statistic
+
+
+def merged(kind: type[S], parts: Sequence[Tensor]) -> S:
+    """Two instances that saw a part each, one that saw nothing, reduced to one."""
+    statistic = kind()
+    for other in (observed(kind, parts[3:]), kind(), observed(kind, parts[:3])):
+        statistic.merge(other)
+    return statistic
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def parts(request: pytest.FixtureRequest) -> list[Tensor]:
+    return batches(request.param)
+
+
+@pytest.fixture(params=["one", "merged"])
+def how(request: pytest.FixtureRequest) -> str:
+    chosen: str = request.param
+    return chosen
+
+
+def measure(kind: type[S], parts: Sequence[Tensor], how: str) -> S:
+    return merged(kind, parts) if how == "merged" else observed(kind, parts)
+
+
+SCALE = torch.linspace(0.25, 3, CHANNELS)
+SHIFT = torch.linspace(-2, 5, CHANNELS)
+
+
+def scaled(parts: Sequence[Tensor], shift: Tensor | None) -> Tensor:
+    """All tokens after the rescaling, in double precision."""
+    x = torch.cat(list(parts)).double()
+    return (x - (0 if shift is None else shift.double())) / SCALE.double()
+
+
+def present(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
+
+
+def test_tokens_are_counted(parts: list[Tensor], how: str) -> None:
+    assert measure(TokenCount, parts, how).tokens == 32
+
+
+def test_range_of_the_whole_is_exact(parts: list[Tensor], how: str) -> None:
+    found, x = measure(TensorRange, parts, how), torch.cat(parts)
+    assert torch.equal(present(found.minimum), x.min())
+    assert torch.equal(present(found.maximum), x.max())
+
+
+def test_ranges_of_channels_are_exact(parts: list[Tensor], how: str) -> None:
+    found, x = measure(ChannelRange, parts, how), torch.cat(parts)
+    assert torch.equal(present(found.minimum), x.amin(0))
+    assert torch.equal(present(found.maximum), x.amax(0))
+    assert torch.equal(found.absmax, x.float().abs().amax(0))
+    assert torch.equal(present(found.whole().minimum), x.min())
+    assert torch.equal(present(found.whole().maximum), x.max())
+
+
+def test_channel_of_a_nan_has_no_range() -> None:
+    x = tokens(6)
+    x[2, 3] = torch.nan
+    found = observed(ChannelRange, [x[:1], x[1:4], x[4:]])
+    for bound in (present(found.minimum), present(found.maximum)):
+        assert bound.isnan().nonzero().flatten().tolist() == [3]
+    assert present(found.whole().maximum).isnan()
+
+
+@pytest.mark.parametrize("shift", [None, SHIFT], ids=["scale", "shift"])
+def test_ranges_of_channels_follow_a_rescaling(how: str, shift: Tensor | None) -> None:
+    parts = batches()
+    found, x = measure(ChannelRange, parts, how).rescaled(SCALE, shift), scaled(parts, shift)
+    torch.testing.assert_close(present(found.minimum).double(), x.amin(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(present(found.maximum).double(), x.amax(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.absmax.double(), x.abs().amax(0), rtol=1e-5, atol=1e-5)
+
+
+def test_mean_magnitude_of_channels(parts: list[Tensor], how: str) -> None:
+    found, x = measure(ChannelAbsMean, parts, how), torch.cat(parts).double()
+    assert found.tokens == 32
+    assert found.mean.dtype == torch.float32
+    torch.testing.assert_close(found.mean.double(), x.abs().mean(0), rtol=1e-6, atol=0)
+
+
+def test_mean_magnitude_follows_a_scale_and_refuses_a_shift(how: str) -> None:
+    parts = batches()
+    found = measure(ChannelAbsMean, parts, how)
+    torch.testing.assert_close(
+        found.rescaled(SCALE).mean.double(), scaled(parts, None).abs().mean(0), rtol=1e-5, atol=0
+    )
+    with pytest.raises(TypeError, match="shift"):
+        found.rescaled(SCALE, SHIFT)
+
+
+def test_mean_magnitude_of_many_small_batches_loses_nothing() -> None:
+    """A running sum in float32 stops growing when it is large enough."""
+    found = ChannelAbsMean()
+    for _ in range(3):
+        found.update(torch.full((1 << 16, 1), 256.0))
+    found.update(torch.full((1, 1), 1e-3))
+    assert float(present(found.total)) == pytest.approx(3 * 2**24 + 1e-3, abs=1e-6)
+
+
+def test_gram_matrix_is_the_sum_of_outer_products(parts: list[Tensor], how: str) -> None:
+    found, x = measure(Gram, parts, how), torch.cat(parts).double()
+    assert found.tokens == 32
+    assert present(found.matrix).dtype == torch.float32
+    close(present(found.matrix), sum((torch.outer(row, row) for row in x), torch.zeros(CHANNELS, CHANNELS).double()))
+    close(present(found.total), x.sum(0))
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Equal to float32, measured by the largest number: sums of other signs cancel."""
+    assert actual.shape == expected.shape
+    assert (actual.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("shift", [None, SHIFT], ids=["scale", "shift"])
+def test_gram_matrix_follows_a_rescaling(how: str, shift: Tensor | None) -> None:
+    parts = batches()
+    found, x = measure(Gram, parts, how).rescaled(SCALE, shift), scaled(parts, shift)
+    assert found.tokens == 32
+    close(present(found.matrix), x.t() @ x)
+    close(present(found.total), x.sum(0))
+    again = found.rescaled(SCALE)
+    close(present(again.matrix), (x / SCALE).t() @ (x / SCALE))
+
+
+def test_row_sample_keeps_all_tokens_while_there_is_room(parts: list[Tensor]) -> None:
+    assert torch.equal(present(observed(RowSample, parts).rows), torch.cat(parts))
+
+
+@pytest.mark.parametrize("lengths", [[256], [257], [1] * 300, [100] * 40, [3, 700, 1, 1, 50, 9], [5000]], ids=str)
+def test_row_sample_is_spread_evenly_over_all_tokens(lengths: list[int]) -> None:
+    total = sum(lengths)
+    every = torch.arange(total, dtype=torch.float32).view(-1, 1)
+    rows = present(observed(RowSample, every.split(lengths)).rows).flatten()
+    assert min(total, RowSample.capacity // 2) <= len(rows) <= RowSample.capacity
+    gaps = rows.diff()
+    assert float(rows[0]) == 0
+    assert (gaps == gaps[0]).all()
+    assert float(rows[-1]) + float(gaps[0]) >= total
+    again = present(observed(RowSample, every.split(lengths)).rows).flatten()
+    assert torch.equal(rows, again)
+    assert torch.equal(rows, present(observed(RowSample, [every]).rows).flatten())  # however they are batched
+
+
+def test_row_samples_merge_within_the_capacity() -> None:
+    parts = [torch.arange(start, start + 700.0).view(-1, 1) for start in (0, 1000, 2000)]
+    whole = RowSample()
+    for part in parts:
+        whole.merge(observed(RowSample, [part]))
+    rows = present(whole.rows).flatten()
+    assert len(rows) <= RowSample.capacity
+    for start in (0, 1000, 2000):  # all have a share
+        assert int(((rows >= start) & (rows < start + 700)).sum()) >= 25
+    assert len(rows.unique()) == len(rows)
+
+
+def test_row_sample_is_a_copy() -> None:
+    x = tokens(5)
+    kept = observed(RowSample, [x])
+    other = RowSample()
+    other.merge(kept)
+    before = x.clone()
+    x.zero_()
+    assert torch.equal(present(kept.rows), before)
+    kept.update(tokens(3, 1))
+    assert torch.equal(present(other.rows), before)
+
+
+@pytest.mark.parametrize("shift", [None, SHIFT], ids=["scale", "shift"])
+def test_row_sample_follows_a_rescaling(how: str, shift: Tensor | None) -> None:
+    parts = batches()
+    found = measure(RowSample, parts, how)
+    order = [*parts[3:], *parts[:3]] if how == "merged" else parts
+    rows = present(found.rescaled(SCALE, shift).rows)
+    torch.testing.assert_close(rows.double(), scaled(order, shift), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_statistic_that_saw_no_token_can_be_merged_and_rescaled(kind: type[Statistic]) -> None:
+    nothing = observed(kind, [torch.zeros(0, CHANNELS)])
+    nothing.merge(kind())
+    before, after = vars(kind()), vars(nothing)
+    assert before == after
+    if kind.rescaled is not Statistic.rescaled:
+        assert vars(nothing.rescaled(SCALE)) == before
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_merging_leaves_the_other_alone(kind: type[Statistic]) -> None:
+    """A reduction over devices may read it again."""
+    one, other = kind(), observed(kind, [tokens(5)])
+    one.merge(other)
+    before = {name: _copy(value) for name, value in vars(other).items()}
+    one.update(tokens(7, 1))
+    one.merge(other)
+    for name, value in vars(other).items():
+        _same(value, before[name])
+
+
+def _copy(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+def _same(value: object, other: object) -> None:
+    if isinstance(value, Tensor):
+        assert isinstance(other, Tensor)
+        assert torch.equal(value, other)
+    elif isinstance(value, list):
+        assert isinstance(other, list)
+        assert len(value) == len(other)
+        for one, two in zip(value, other, strict=True):
+            _same(one, two)
+    else:
+        assert value == other
+
+
+def test_count_of_tokens_stays_under_a_rescaling() -> None:
+    assert observed(TokenCount, batches()).rescaled(SCALE, SHIFT).tokens == 32
+
+
+class Own(Statistic):
+    """Of a plugin; does not say what a rescaling makes of it."""
+
+    def update(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+    def merge(self, other: Statistic) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("kind", [TensorRange, Own], ids=lambda kind: kind.__name__)
+def test_kinds_that_cannot_follow_a_rescaling_say_so(kind: type[Statistic]) -> None:
+    with pytest.raises(TypeError, match=f"{kind.__name__} does not follow"):
+        kind().rescaled(SCALE)
+
+
+def test_engine_knows_which_kinds_follow() -> None:
+    assert {kind: follows_rescaling(kind) for kind in (*KINDS, Own)} == {
+        ChannelAbsMean: True,
+        ChannelRange: True,
+        Gram: True,
+        RowSample: True,
+        TensorRange: True,  # by way of the ranges of channels
+        TokenCount: True,
+        Own: False,
+    }
+
+
+def test_unit_tells_the_range_of_the_whole_from_those_of_the_channels() -> None:
+    parts = batches()
+    ranges = observed(ChannelRange, parts)
+    statistics = UnitStatistics({"q": {ChannelRange: ranges}, "k": {Gram: observed(Gram, parts)}})
+    assert torch.equal(present(statistics.get("q", TensorRange).maximum), torch.cat(parts).max())
+    with pytest.raises(KeyError):
+        statistics.get("k", TensorRange)
+    with pytest.raises(KeyError):
+        statistics.get("q", Gram)
+
+
+def test_rescaled_linears_of_one_port_share_what_followed() -> None:
+    parts = batches()
+    port = {ChannelRange: observed(ChannelRange, parts), Gram: observed(Gram, parts)}
+    statistics = UnitStatistics({"q": port, "k": port, "o": dict(port)})
+    assert statistics.shares_port("q", "k")
+    assert not statistics.shares_port("q", "o")
+    statistics.rescale(["q", "k", "router"], SCALE, SHIFT)
+    assert statistics.shares_port("q", "k")
+    assert statistics.get("q", Gram) is statistics.get("k", Gram)
+    x = scaled(parts, SHIFT)
+    close(present(statistics.get("q", Gram).matrix), x.t() @ x)
+    assert float(present(statistics.get("k", TensorRange).maximum)) == pytest.approx(float(x.max()), rel=1e-5)
+    close(present(statistics.get("o", Gram).matrix), torch.cat(parts).double().t() @ torch.cat(parts).double())
+
+
+def test_experts_are_rescaled_together_or_each_by_its_own() -> None:
+    seen = [[tokens(6, seed)] for seed in range(3)]
+    for scale in (SCALE, torch.stack([SCALE, SCALE * 2, SCALE * 3])):
+        statistics = UnitStatistics({}, {"experts": [{Gram: observed(Gram, parts)} for parts in seen]})
+        statistics.rescale(["experts"], scale)
+        for index, (found, parts) in enumerate(zip(statistics.get_experts("experts", Gram), seen, strict=True)):
+            x = parts[0].double() / (scale if scale.dim() == 1 else scale[index]).double()
+            close(present(found.matrix), x.t() @ x)
