@@ -5,6 +5,7 @@ from modelslim.algorithm import Algorithm, Entry, Fallback, Pattern, Processor, 
 from modelslim.checkpoint import Checkpoint, StoredTensor
 from modelslim.devices import one_thread
 from modelslim.driver import drive
+from modelslim.edits import add_bias
 from modelslim.errors import (
     CapabilityError,
     DatasetError,
@@ -96,6 +97,7 @@ __all__ = [
     "UsageError",
     "VlmCalibSample",
     "WeightSource",
+    "add_bias",
     "drive",
     "hookimpl",
     "nearest",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -17,11 +17,19 @@ from modelslim.adapters import choose_adapter, open_session
 from modelslim.checkpoint import Checkpoint
 from modelslim.dataset import find_dataset, read_samples
 from modelslim.devices import resolve_device
+from modelslim.edits import stored_name
 from modelslim.errors import DatasetError, Diagnostic, ModelSlimError, ProtocolError
 from modelslim.guard import prove_forward
 from modelslim.loader import Loader
 from modelslim.model_info import ModelInfo, describe
-from modelslim.plan_checks import Checks, Step, find_topology, with_scale_dtypes, with_subgraphs
+from modelslim.plan_checks import (
+    Checks,
+    Step,
+    find_added_biases,
+    find_topology,
+    with_scale_dtypes,
+    with_subgraphs,
+)
 from modelslim.protocol.document import shorten
 from modelslim.protocol.model import Protocol
 from modelslim.protocol.validate import read_protocol
@@ -55,6 +63,7 @@ class Plan:
         runner: name of the runner.
         registry: the installed plugins.
         topology: what smoothing may rescale; None when no algorithm asks.
+        added: full names of the biases that smoothing adds to modules without one.
         warnings: what the user should know and what does not stop the run.
     """
 
@@ -74,6 +83,7 @@ class Plan:
     runner: str
     registry: Registry
     topology: Topology | None
+    added: frozenset[str]
     warnings: Sequence[str]
 
     @property
@@ -99,8 +109,11 @@ class Plan:
     def result_sizes(self) -> dict[str, int]:
         """Name and bytes of every tensor of the result."""
         sizes = {name: stored.nbytes for name, stored in self.checkpoint.tensors.items() if name not in self.replaced}
+        for parameter in sorted(self.added):
+            weight = self.model.get_parameter(f"{parameter.removesuffix('.bias')}.weight")
+            sizes[stored_name(parameter, self.loader.sources)] = weight.shape[0] * weight.element_size()
         for name, spec in self.specs.items():
-            sizes.update(self.saver.encoded_sizes(self.info.linears[name], spec, self.info.dtype))
+            sizes.update(self.saver.encoded_sizes(self.planned.linears[name], spec, self.info.dtype))
         return sizes
 
     @cached_property
@@ -163,7 +176,19 @@ def make_plan(
     topology = find_topology(steps, session, model)
     if topology is not None:
         steps = with_subgraphs(steps, topology)
-    planned = PlannedModel(checkpoint.config, info.dtype, info.linears, specs, frozenset(checkpoint.tensors))
+    added = find_added_biases(steps, info, model)
+    linears = {
+        linear: replace(one, has_bias=True) if f"{one.module}.bias" in added else one
+        for linear, one in info.linears.items()
+    }
+    planned = PlannedModel(
+        checkpoint.config,
+        info.dtype,
+        linears,
+        specs,
+        frozenset(checkpoint.tensors),
+        frozenset(linear for linear, one in linears.items() if one is not info.linears[linear]),
+    )
     checks.saver(saver, planned, protocol.save[0].path, steps)
     checks.shared(steps, loader.sources)
     checks.edits(steps, model, loader.sources)
@@ -193,6 +218,7 @@ def make_plan(
         runner=runner,
         registry=registry,
         topology=topology,
+        added=added,
         warnings=[
             *([remark] if remark else []),
             *about_runner,

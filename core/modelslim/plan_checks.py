@@ -134,13 +134,21 @@ class Checks:
 
     def edits(self, steps: Sequence[Step], model: nn.Module, sources: Mapping[str, WeightSource]) -> None:
         """Refuse to change weights that cannot be written back in the form in which they are stored."""
-        for step in steps:
+        for index, step in enumerate(steps):
             if not step.algorithm.rescales:
                 continue
             names = {name for unit in self._info.units for name in step.algorithm.edits(step.unit(unit, model))}
             quantized = {self._info.linears[one].module for other in steps for one in other.specs}
+            done = {self._info.linears[one].module: other.path for other in steps[:index] for one in other.specs}
             for name in sorted(names):
                 owner = name.rpartition(".")[0]
+                if owner in done:
+                    self.refuse(
+                        step.path,
+                        f"changes {name}, which {format_path(done[owner])} has quantized by then",
+                        "put it in front of what quantizes",
+                    )
+                    break
                 source = sources.get(name)
                 whole = source is None or source.convert is None or owner in self._info.banks
                 if not whole and owner not in quantized:
@@ -277,6 +285,23 @@ def find_topology(steps: Sequence[Step], session: Session, model: nn.Module) -> 
     if any(hook in step.algorithm.requires for step in steps) and session.has(hook):
         return session.get_adapter_config_for_subgraph(model)
     return None
+
+
+def find_added_biases(steps: Sequence[Step], info: ModelInfo, model: nn.Module) -> frozenset[str]:
+    """Full names of the biases that smoothing adds to modules without one.
+
+    Raises:
+        CapabilityError: an algorithm would have to add one where there cannot be one.
+    """
+    edited = {
+        name
+        for step in steps
+        if step.algorithm.rescales
+        for unit in info.units
+        for name in step.algorithm.edits(step.unit(unit, model))
+    }
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in edited if name.endswith(".bias")}
+    return frozenset(name for name, owner in owners.items() if getattr(owner, "bias", None) is None)
 
 
 def with_subgraphs(steps: Sequence[Step], topology: Topology) -> list[Step]:

@@ -16,6 +16,7 @@ from modelslim.activations import Boundary
 from modelslim.adapters import choose_adapter, open_session
 from modelslim.checkpoint import Checkpoint
 from modelslim.devices import resolve_device
+from modelslim.edits import with_added_biases
 from modelslim.errors import ModelError, nearest
 from modelslim.loader import Loader
 from modelslim.model_info import describe
@@ -73,6 +74,8 @@ class SavedModel:
         self._saved = saved or {}
         checkpoint.decode(self.session.get_decoded_tensors(checkpoint.stored))
         sources = self.session.get_weight_sources(self.module, checkpoint.shapes)
+        if self._saved:
+            sources = with_added_biases(self.module, checkpoint, sources)
         for linear in self._saved:
             self.module.set_submodule(linear, _Placeholder())
         self._loader = Loader(self.module, checkpoint, sources, options.device)

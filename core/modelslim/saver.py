@@ -27,6 +27,7 @@ class PlannedModel:
         linears: every linear of the model, by name.
         specs: what the quantized ones become, by name.
         tensors: names of all tensors of the source checkpoint.
+        added_biases: names of the linears that have a bias only because smoothing adds it.
     """
 
     config: Mapping[str, Any]
@@ -34,6 +35,7 @@ class PlannedModel:
     linears: Mapping[str, LinearInfo]
     specs: Mapping[str, QuantSpec]
     tensors: frozenset[str]
+    added_biases: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from modelslim.devices import bfloat16_products
+
 
 class Statistic(ABC):
     """A running summary of activations ``[tokens, channels]``; order of batches never matters."""
@@ -194,12 +196,13 @@ class Gram(Statistic):
         """Add a batch."""
         if not x.numel():
             return
-        x = x.to(torch.float32)
-        if self.matrix is None or self.total is None:
-            self.matrix, self.total = x.t() @ x, x.sum(0)
-        else:
-            self.matrix.addmm_(x.t(), x)
-            self.total += x.sum(0)
+        with bfloat16_products(x):
+            x = x.to(torch.float32)
+            if self.matrix is None or self.total is None:
+                self.matrix, self.total = x.t() @ x, x.sum(0)
+            else:
+                self.matrix.addmm_(x.t(), x)
+                self.total += x.sum(0)
         self.tokens += len(x)
 
     def merge(self, other: Statistic) -> None:

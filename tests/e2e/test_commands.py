@@ -78,7 +78,7 @@ def test_quant_tells_people_what_it_does_and_what_came_out(quant: Program, w8a8_
     lines = done.stdout.splitlines()
     last = next(index for index, line in enumerate(lines) if re.fullmatch(r"Quantized in \d+\.\d s", line))
     # The ten linears that suffered most, the worst first.
-    assert lines[0].split() == "least faithful linears scheme relative error SNR, dB clipped".split()
+    assert lines[0].split() == ["least", "faithful", "linears", "scheme", "relative", "error", "SNR,", "dB", "clipped"]
     worst = [line.split() for line in lines[1:last]]
     assert len(worst) == 10 and all(words[1] == "W8A8" for words in worst)
     assert [float(words[2]) for words in worst] == sorted((float(words[2]) for words in worst), reverse=True)

@@ -155,6 +155,18 @@ def test_gram_matrix_is_the_sum_of_outer_products(parts: list[Tensor], how: str)
     close(present(found.total), x.sum(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gram_matrix_of_long_batches_is_summed_in_float32(dtype: torch.dtype) -> None:
+    """Also where products are made on units for bfloat16, which is for activations in bfloat16 alone."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(700, 256, generator=generator).to(dtype) for _ in range(3)]
+    x = torch.cat(parts).double()
+    error = present(observed(Gram, parts).matrix).double() - x.t() @ x
+    assert error.abs().max() < 3e-3  # bfloat16 alone would be off by 8 on the diagonal
+    other = torch.randn(64, 64, generator=generator)
+    assert (other @ other - other.double() @ other.double()).abs().max() < 1e-4  # as before
+
+
 def close(actual: Tensor, expected: Tensor) -> None:
     """Equal to float32, measured by the largest number: sums of other signs cancel."""
     assert actual.shape == expected.shape

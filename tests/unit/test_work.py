@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from modelslim.errors import ProtocolError
 from modelslim.plan import make_plan
 from modelslim.run import run_plan
 from modelslim.saved import load_model
@@ -258,3 +259,51 @@ def test_linears_that_come_out_badly_fall_back_together_with_those_of_their_inpu
     assert fallen == expected and worst in fallen
     for name in errors:
         assert (result[f"{name}.weight"].dtype == torch.int8) is (name not in fallen)
+
+
+UP_DOWN = "- {type: iter_smooth, alpha: 0.7, enable_subgraph_type: [up-down, ov]}"
+
+
+def test_quality_is_that_of_the_linear_as_it_was_when_it_was_quantized(run: Run) -> None:
+    """Smoothing divides the outputs of up_proj and v_proj; that is no error of theirs."""
+    _, report, _ = run(f"    {UP_DOWN}\n{STATIC}")
+    for unit in report["units"]:
+        for name, quality in unit.get("quality", {}).items():
+            assert quality["relative_error"] < 0.05, name
+
+
+def test_smoothing_behind_what_quantizes_is_refused(run: Run) -> None:
+    with pytest.raises(ProtocolError, match=r"changes .*, which spec\.process\[0\] has quantized by then"):
+        run(f"{STATIC}    {UP_DOWN}\n")
+
+
+SHIFT = "    - {type: iter_smooth, symmetric: false, alpha: 0.5}\n"
+
+
+def test_bias_that_smoothing_adds_to_a_norm_is_written_and_comes_back(run: Run, tiny_llama: Path) -> None:
+    tensors, _, out = run(f"{SHIFT}{STATIC}")
+    norms = [key for key in tensors if key.endswith("layernorm.bias")]
+    assert norms and all(tensors[key].any() for key in norms)
+    ids = torch.arange(1, 40).view(1, -1)
+    expected = load_model(tiny_llama, device="cpu")(input_ids=ids).logits.double()
+
+    def error(model: nn.Module) -> float:
+        return float((model(input_ids=ids).logits.double() - expected).norm() / expected.norm())
+
+    shifted = load_model(out, tiny_llama, device="cpu")
+    plain = load_model(run(f"{SHIFT.replace('false', 'true')}{STATIC}")[2], tiny_llama, device="cpu")
+    with torch.no_grad():
+        found = error(shifted)
+        assert found < 1.5 * error(plain)
+        for name, parameter in shifted.named_parameters():
+            if name.endswith("layernorm.bias"):
+                parameter.zero_()
+        assert error(shifted) > 3 * found
+
+
+def test_added_bias_is_refused_where_the_engine_would_drop_it(run: Run) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        run(f"{SHIFT}{STATIC.replace('per_tensor', 'per_token').replace('symmetric: False', 'symmetric: True')}")
+    (diagnostic,) = caught.value.diagnostics
+    assert "smoothing adds one to model.layers.0.self_attn.q_proj" in diagnostic.message
+    assert diagnostic.path == "spec.process[1].qconfig"

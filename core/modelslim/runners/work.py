@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from modelslim.activations import Boundary
 from modelslim.algorithm import Unit
@@ -87,7 +87,7 @@ class UnitWork:
         quantized = resume and self._plan.propagates_quantized
         replays = any(step.algorithm.replays for step, _ in self._views)
         outcome = Outcome()
-        expected: dict[str, Any] = {}
+        expected: dict[str, Tensor] = {}
         borrowed: list[str] = []
         tokens = 0
         experts: dict[str, Any] = {}
@@ -110,9 +110,8 @@ class UnitWork:
             if tokens:
                 borrowed = cover(ports, list(_needs(group)), self._plan.protocol.experts)
             statistics = ports.statistics()
-            if index == 0:
-                expected = float_outputs(self._sampled(ports), statistics)
-            self._apply(group, statistics, outcome, boundary.waiting(self._unit) if replays else ())
+            calls = boundary.waiting(self._unit) if replays else ()
+            self._apply(group, statistics, outcome, calls, (self._sampled(ports), expected))
         qualities = judge(outcome.modules, statistics, expected)
         self._fall_back(qualities, statistics, expected, outcome)
         self._finish(outcome)
@@ -142,8 +141,21 @@ class UnitWork:
         statistics: UnitStatistics,
         outcome: Outcome,
         calls: Sequence[ProcessRequest] = (),
+        judged: tuple[Mapping[str, nn.Module], dict[str, Tensor]] | None = None,
     ) -> None:
+        """Run the algorithms of a pass.
+
+        Args:
+            group: the algorithms with the unit.
+            statistics: what the pass measured.
+            outcome: takes what they answer.
+            calls: for those that replay.
+            judged: linears whose outputs are wanted, and where they go. They are taken when the linear is about
+                to be quantized: smoothing may have divided them.
+        """
+        linears, outputs = judged or ({}, {})
         for step, seen in group:
+            outputs.update(float_outputs({name: linears[name] for name in seen.specs if name in linears}, statistics))
             view = replace(seen, calls=calls) if step.algorithm.replays else seen
             for name, module in step.algorithm.apply(view, statistics).items():
                 outcome.modules[name] = _checked(name, module)

@@ -34,7 +34,7 @@ from modelslim.protocol.compose import apiversions, compose
 from modelslim.quantized import QuantizedExperts, QuantizedLinear
 from modelslim.registry import Registry
 from modelslim.statistics import UnitStatistics
-from modelslim.types import LinearInfo, QuantSpec
+from modelslim.types import LinearInfo, ProcessRequest, QuantSpec
 
 UNIT = "model.layers.0"
 
@@ -250,7 +250,38 @@ def _unit(algorithm: Algorithm, linears: Mapping[str, nn.Linear]) -> Unit:
         for name, spec in algorithm.select(_describe(linears)).items()
         if name in linears
     }
-    return Unit(UNIT, linears, specs)
+    if not algorithm.replays:
+        return Unit(UNIT, linears, specs)
+    module = _SideBySide(linears)
+    generator = torch.Generator().manual_seed(4)
+    inputs = [
+        {
+            name: torch.randn((1, 9, linear.in_features), generator=generator).to(linear.weight.dtype)
+            for name, linear in linears.items()
+        }
+        for _ in range(3)
+    ]
+    calls = [ProcessRequest(UNIT, module, (one,), {}) for one in inputs]
+    return Unit(UNIT, linears, specs, module=module, calls=calls)
+
+
+class _SideBySide(nn.Module):
+    """A unit that does nothing but apply its linears, each to an input of its own."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        super().__init__()
+        for name, linear in linears.items():
+            *path, last = name.removeprefix(f"{UNIT}.").split(".")
+            parent: nn.Module = self
+            for part in path:
+                if not hasattr(parent, part):
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(last, linear)
+
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Inputs by the full name of the linear; outputs in their order."""
+        return tuple(self.get_submodule(name.removeprefix(f"{UNIT}."))(x) for name, x in inputs.items())
 
 
 def _measure(algorithm: Algorithm, unit: Unit, batches: int = 3) -> UnitStatistics:

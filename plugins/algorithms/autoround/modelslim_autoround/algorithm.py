@@ -87,7 +87,7 @@ class AutoRoundQuant(Algorithm):
 
     def needs(self, unit: Unit) -> Mapping[str, frozenset[type[Statistic]]]:
         """The range of the input: for static activations, and so that the unit is calibrated at all."""
-        if self._config.training.trains:
+        if self._config.training.trains and unit.module is not None:
             return {name: frozenset({TensorRange}) for name in unit.specs}
         return {name: frozenset({TensorRange}) for name, spec in unit.specs.items() if spec.is_static}
 
@@ -118,9 +118,7 @@ class AutoRoundQuant(Algorithm):
             for call in calls:
                 targets.append(run(call))
                 inputs.next_call()
-        simulated = {
-            name: _simulated(unit.linears[name], weight, roundings[name]) for name, weight in weights.items()
-        }
+        simulated = {name: _simulated(unit.linears[name], weight, roundings[name]) for name, weight in weights.items()}
         with _in_place(unit, simulated):
             descent = Descent(unit.name, list(weights.values()), calls, targets, training)
             descent.keep_best()
@@ -139,10 +137,7 @@ def _start(weights: Mapping[str, TrainedWeight], unit: Unit, inputs: Inputs, mov
         linear, spec = unit.linears[name], unit.specs[name].weight
         gram = inputs.grams.get(name)
         matrix = None if gram is None else gram.matrix
-        if matrix is None:
-            energy = inputs.energies.get(name)
-        else:
-            energy = matrix.diagonal()
+        energy = inputs.energies.get(name) if matrix is None else matrix.diagonal()
         if energy is None:  # no sample reached it
             continue
         ratios = best_ratios(_weight(linear), spec, energy)

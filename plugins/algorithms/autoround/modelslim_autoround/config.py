@@ -41,7 +41,7 @@ class Training:
         seed: of the order of the samples.
     """
 
-    iters: int = 20
+    iters: int = 10
     lr: float = 0.01
     minmax_lr: float = 0.002
     round_tuning: bool = True

@@ -46,7 +46,12 @@ class InputRounding:
             codes -= offset
         rounded = codes.mul_(scale).to(x.dtype)
         # The value is the rounded one to the bit; x + (rounded - x) would not be.
-        return _Straight.apply(x, rounded) if x.requires_grad else rounded  # type: ignore[no-any-return,no-untyped-call]
+        return _straight(x, rounded) if x.requires_grad else rounded
+
+
+def _straight(x: Tensor, rounded: Tensor) -> Tensor:
+    result: Tensor = _Straight.apply(x, rounded)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Straight(torch.autograd.Function):
@@ -57,7 +62,7 @@ class _Straight(torch.autograd.Function):
         return rounded
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -100,7 +105,7 @@ class SimulatedExperts(nn.Module):
         """As that of ``ExpertLinear``."""
         parts = []
         beyond = len(x) - sum(counts)
-        for expert, rows in enumerate(x.split([*counts, beyond])[: len(counts)]):
+        for expert, rows in enumerate(torch.split(x, [*counts, beyond])[: len(counts)]):
             bias = None if self.bias is None else self.bias[expert]
             if len(rows):
                 parts.append(F.linear(self._rounding(rows, expert), self.weight[expert], bias))

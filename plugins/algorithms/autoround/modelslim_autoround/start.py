@@ -20,7 +20,7 @@ from modelslim.api import QuantizationError, TensorSpec, one_thread, range_to_sc
 RATIOS = tuple(1 - 0.03 * index for index in range(20))
 """The shares of the full range that are tried."""
 
-_BLOCK = 1 << 18  # values worked on at once: a few float32 copies stay in the cache
+_BLOCK = 1 << 18  # values worked on at once on the CPU: a few float32 copies stay in the cache
 _COLUMNS = 64  # rounded between two updates of the rest
 _DAMPING = 0.01  # of the mean of the diagonal
 _MOST_DAMPING = 1e4
@@ -44,7 +44,7 @@ def best_ratios(weight: Tensor, spec: TensorSpec, energy: Tensor) -> Tensor:
     results = []
     with one_thread():
         for values, count in zip(weight.view(-1, *weight.shape[-2:]), counts.view(-1, counts.shape[-1]), strict=True):
-            for block in values.split(max(1, _BLOCK // values.shape[-1])):
+            for block in values.split(max(1, _BLOCK // values.shape[-1]) if values.is_cpu else len(values)):
                 rows = block.to(torch.float32).unflatten(-1, (-1, size))
                 results.append(_search(rows, spec, count.view(-1, size)))
     return torch.cat(results)

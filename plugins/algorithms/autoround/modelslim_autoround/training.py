@@ -16,6 +16,7 @@ from modelslim_autoround.config import Training
 from modelslim_autoround.weight import State, TrainedWeight
 
 _JUDGED = 4  # calls on which iterates are compared, about
+_RANGE_EVERY = 4  # steps from one of the ranges to the next, which cost ten times what offsets cost
 
 
 class Inputs:
@@ -66,7 +67,7 @@ class Inputs:
     def _take_experts(self, name: str, bank: ExpertLinear, x: Tensor, counts: Sequence[int]) -> None:
         if name not in self.energies:
             self.energies[name] = torch.zeros((bank.experts, bank.in_features), device=x.device)
-        for expert, rows in enumerate(x.split([*counts, len(x) - sum(counts)])[: len(counts)]):
+        for expert, rows in enumerate(torch.split(x, [*counts, len(x) - sum(counts)])[: len(counts)]):
             self.energies[name][expert] += rows.to(torch.float32).square().sum(0)
 
 
@@ -159,12 +160,12 @@ class Descent:
                 weight.refresh()
             with torch.enable_grad():
                 for _ in range(min(training.batch_size, len(self._calls))):
-                    self._error(next(order)).backward(inputs=leaves)
+                    torch.autograd.backward(self._error(next(order)), inputs=leaves)
             left = 1 - step / training.iters
             for weight in self._weights:
                 weight.step(
                     training.lr * left if training.round_tuning else 0.0,
-                    training.minmax_lr * left if training.minmax_tuning else 0.0,
+                    training.minmax_lr * left if training.minmax_tuning and step % _RANGE_EVERY == 0 else 0.0,
                 )
 
     def _order(self) -> Iterator[int]:

@@ -44,7 +44,7 @@ class TrainedWeight:
         self.low_ratio, self.high_ratio = torch.ones_like(self._low), torch.ones_like(self._low)
         self.offsets = torch.zeros_like(self._target)
         self.value = nn.Parameter(torch.empty_like(weight, memory_format=torch.contiguous_format))
-        step = len(rows) if rows.is_cuda else max(1, _BLOCK // weight.shape[-1])
+        step = max(1, _BLOCK // weight.shape[-1]) if rows.is_cpu else len(rows)
         self._blocks = [slice(start, start + step) for start in range(0, len(rows), step)]
         self._buffer = torch.empty_like(self._target[:step])
 
@@ -97,9 +97,10 @@ class TrainedWeight:
         for block, steps in self._steps(scale, offset):
             part = gradient[block].to(torch.float32)
             exact = self._target[block] / scale[block].unsqueeze(-1)
-            rounding = (part * (steps - exact)).sum(-1)
-            below = torch.where(exact < low[block], part, 0).sum(-1)
-            above = torch.where(exact > high[block], part, 0).sum(-1)
+            pushed = exact + self.offsets[block]
+            below, above = pushed < low[block] - 0.5, pushed > high[block] + 0.5
+            rounding = ((steps - exact) * part).masked_fill_(below | above, 0).sum(-1)
+            below, above = (part * below).sum(-1), (part * above).sum(-1)
             if offset is None:
                 # Both ends move together: one multiplier, kept twice.
                 codes = rounding + self._spec.qmax * above + self._spec.qmin * below

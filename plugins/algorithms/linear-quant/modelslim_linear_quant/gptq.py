@@ -97,27 +97,25 @@ def quantize(weight: Tensor, factor: Factor, spec: TensorSpec, method: WeightMet
         scale, offset = best_scales(weight, spec, factor.energy)
     else:
         scale, offset = find_scales(weight, spec, lambda values: _full_range(values, spec))
-    order = factor.order.unsqueeze(-1).expand(*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
-    values = weight.mT.to(torch.float32).gather(-2, order)
-    groups = order // (spec.group_size or weight.shape[-1])
+    values = _pick(weight.mT.to(torch.float32), factor.order)
+    groups = factor.order // (spec.group_size or weight.shape[-1])
     codes = torch.empty_like(values, dtype=torch.int8)
     error = torch.zeros_like(values)
-    rows_of_scale = scale.mT.contiguous()
-    rows_of_offset = None if offset is None else offset.mT.contiguous()
     for start in range(0, values.shape[-2], method.block_size):
-        part = slice(start, start + method.block_size)
-        group = groups[..., part, :]
-        steps = _round_block(
-            values,
-            error,
-            factor.feedback,
-            (start, start + group.shape[-2]),
-            rows_of_scale.gather(-2, group),
-            None if rows_of_offset is None else rows_of_offset.gather(-2, group),
-            spec,
-        )
-        codes[..., part, :] = steps
-    return QuantizedTensor(torch.empty_like(codes).scatter_(-2, order, codes).mT.contiguous(), scale, offset, spec)
+        group = groups[..., start : start + method.block_size]
+        columns = (start, start + group.shape[-1])
+        scales = _pick(scale.mT, group)
+        offsets = None if offset is None else _pick(offset.mT, group)
+        codes[..., slice(*columns), :] = _round_block(values, error, factor.feedback, columns, scales, offsets, spec)
+    places = factor.order.argsort(-1)
+    return QuantizedTensor(_pick(codes, places).mT.contiguous(), scale, offset, spec)
+
+
+def _pick(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows [..., n, out] in the order of ``index`` [..., m], which experts have each for itself."""
+    if rows.dim() == 2:
+        return rows.index_select(0, index)
+    return rows.gather(-2, index.unsqueeze(-1).expand(*index.shape, rows.shape[-1]))
 
 
 def _round_block(

@@ -54,8 +54,8 @@ class Choice:
         return frozenset(one.module for one in included), frozenset(one.module for one in excluded)
 
     def sorted(self, subgraphs: Sequence[Subgraph]) -> list[Subgraph]:
-        """Those of the types, in the order of work."""
-        chosen = [subgraph for subgraph in subgraphs if subgraph.type in self.types]
+        """Those of the types that can be folded, in the order of work."""
+        chosen = [subgraph for subgraph in subgraphs if subgraph.type in self.types and subgraph.source]
         return sorted(chosen, key=lambda subgraph: self.types.index(subgraph.type))
 
 
@@ -90,7 +90,7 @@ def _weight(leaf: Mapping[str, Any]) -> TensorSpec:
 
 
 def _activation(leaf: Mapping[str, Any] | None) -> TensorSpec:
-    if leaf is None or leaf.get("dtype", "int8") == "float":
+    if leaf is None or leaf.get("dtype", "int8") == "float" or leaf.get("method") == "none":
         return FLOAT
     scope = leaf.get("scope", "per_tensor")
     return TensorSpec(leaf.get("dtype", "int8"), scope, leaf.get("symmetric", scope == "per_token"))

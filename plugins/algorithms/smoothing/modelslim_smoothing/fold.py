@@ -8,12 +8,11 @@ number per channel, so the scale that it really divides by after rounding is kno
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modelslim.api import ExpertLinear
+from modelslim.api import ExpertLinear, add_bias
 
 
 @torch.no_grad()
@@ -48,7 +47,7 @@ def divide_norm(
     after = ((before - shift) / scale).to(weight.dtype if bias is None else bias.dtype)
     shift = before - _wide(after) * scale  # what is really subtracted
     if bias is None:
-        _add_bias(norm, after)
+        add_bias(norm, after)
     else:
         bias.copy_(after)
     return scale, shift
@@ -98,7 +97,7 @@ def add_shift(linears: Iterable[nn.Module], shift: Tensor) -> None:
         added = _wide(weight) @ shift.to(_wide(weight).dtype)
         bias = bias_of(linear)
         if bias is None:
-            linear.bias = nn.Parameter(added.to(weight.dtype), requires_grad=False)
+            add_bias(linear, added.to(weight.dtype))
         else:
             bias.copy_((_wide(bias) + added).to(bias.dtype))
 
@@ -137,17 +136,6 @@ def bias_of(module: nn.Module) -> Tensor | None:
 def can_shift(module: nn.Module) -> bool:
     """True for a linear that adds a bias; others (routers, experts) have none in any engine."""
     return isinstance(module, nn.Linear) and not isinstance(module, ExpertLinear)
-
-
-def _add_bias(norm: nn.Module, bias: Tensor) -> None:
-    """Give a norm a bias without changing its class."""
-    norm.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
-
-    def add(module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        added: Tensor = module.bias  # type: ignore[assignment]
-        return output + added.to(output.dtype)
-
-    norm.register_forward_hook(add)
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -15,6 +15,7 @@ from modelslim_smoothing.site import Site
 
 # What takes part in a trial; more costs time and says the same.
 _EXPERTS = 8  # of a layer
+_LINEARS = 16  # that read one tensor: experts that are modules of their own are many
 _OUTPUTS = 256  # of a linear
 _TOKENS = 128
 _BLOCK = 1 << 20  # values worked on at once: 4 MiB of float32 stay in the cache
@@ -47,7 +48,9 @@ def trials(site: Site, statistics: UnitStatistics) -> list[Trial]:
     low, high = site.ranges(statistics)
     rows = site.rows(statistics)
     if not site.per_expert:
-        return [_trial(rows[0], low, high, [part for one in site.judged.values() for part in _matrices(one)], None)]
+        judged = list(site.judged.values())
+        weights = [part for number in _spread(range(len(judged)), _LINEARS) for part in _matrices(judged[number])]
+        return [_trial(rows[0], low, high, weights, None)]
     seen = [number for number, x in enumerate(rows) if len(x)]
     return [
         _trial(rows[number], low[number], high[number], [one.weight[number] for one in site.judged.values()], number)  # type: ignore[index]

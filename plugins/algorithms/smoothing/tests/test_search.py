@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modelslim.api import FLOAT, QuantSpec, TensorSpec
 from modelslim_smoothing.rounding import round_input, round_weight
-from modelslim_smoothing.search import Trial, errors, exponents, search
+from modelslim_smoothing.search import Trial, _trial, errors, exponents, search
 
 WEIGHTS = {
     "int8": TensorSpec("int8", "per_channel"),
@@ -168,3 +168,19 @@ def test_exponents_stand_in_front_of_a_scale() -> None:
     assert values.shape == (5, 1, 1)
     assert values.flatten().tolist() == [0, 0.25, 0.5, 0.75, 1]
     assert exponents(4, torch.ones(3), last=False).flatten().tolist() == [0, 0.25, 0.5, 0.75]
+
+
+def test_large_linears_are_judged_by_some_outputs_and_tokens() -> None:
+    """Evenly spread, so that the error is near that of all."""
+    generator = torch.Generator().manual_seed(4)
+    x, weight = torch.randn(500, 16, generator=generator), torch.randn(3000, 16, generator=generator)
+    low, high, spec = x.amin(0), x.amax(0), QuantSpec(WEIGHTS["int8"], INPUTS["static"])
+    part = _trial(x, low, high, [weight, weight[:40]], None)
+    assert part.x.shape == (125, 16)
+    assert part.weight.shape == (250 + 40, 16)
+    outputs = x @ weight.t()
+    small = x @ weight[:40].t()
+    importance = torch.cat([one.square().sum().reciprocal().expand(one.shape[1]) for one in (outputs, small)])
+    whole = Trial(x, low, high, torch.cat([weight, weight[:40]]), None, torch.cat([outputs, small], 1), importance)
+    scales = torch.exp(torch.randn(5, 16, generator=generator))
+    torch.testing.assert_close(errors(part, scales, spec), errors(whole, scales, spec), rtol=0.15, atol=0)

@@ -33,6 +33,7 @@ def find_problems(model: PlannedModel) -> list[Problem]:
         *_group_size(storable),
         *_always_float(linears),
         *_tied_head(linears, model),
+        *_added_biases(linears, model),
         *_prefixes(linears, model),
         *find_warnings(storable, model),
     ]
@@ -171,6 +172,23 @@ def _tied_head(linears: Iterable[Linear], model: PlannedModel) -> Iterator[Probl
                 hint='take "lm_head" out of include; a quantized copy would be ignored',
                 linear=linear.info.name,
             )
+
+
+def _added_biases(linears: Iterable[Linear], model: PlannedModel) -> Iterator[Problem]:
+    """A bias that the architecture does not have reaches the engine inside ``quant_bias`` only."""
+    lost = [
+        linear
+        for linear in linears
+        if linear.info.name in model.added_biases and (linear.spec is None or linear.spec.scheme != "W8A8")
+    ]
+    if lost:
+        quantized = [linear.info.name for linear in lost if linear.spec is not None]
+        yield Problem(
+            f"vLLM-Ascend passes over a bias that the model was built without, unless the scheme is W8A8 with static "
+            f"activations; smoothing adds one to {listed(lost)}",
+            hint="smooth with symmetric: true, or quantize these linears with per_tensor activations",
+            linear=quantized[0] if quantized else None,
+        )
 
 
 def _prefixes(linears: Sequence[Linear], model: PlannedModel) -> Iterator[Problem]:
