@@ -190,6 +190,7 @@ def make_plan(
         frozenset(linear for linear, one in linears.items() if one is not info.linears[linear]),
     )
     checks.saver(saver, planned, protocol.save[0].path, steps)
+    checks.fallbacks(saver, planned, steps)
     checks.shared(steps, loader.sources)
     checks.edits(steps, model, loader.sources)
     calibrate = needs_calibration(steps, info, model)

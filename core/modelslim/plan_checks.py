@@ -132,6 +132,18 @@ class Checks:
         for problem in saver.check(model):
             self._add(problem, path, origin)
 
+    def fallbacks(self, saver: Saver, model: PlannedModel, steps: Sequence[Step]) -> None:
+        """Refuse a fallback that the saver cannot write."""
+        known = {problem.message for problem in saver.check(model)}
+        for step in steps:
+            rule = step.algorithm.fallback
+            if rule is not None and rule.spec is not None:
+                spec = with_held_scales(rule.spec, saver, model.dtype)
+                fallen = replace(model, specs={**model.specs, **dict.fromkeys(step.specs, spec)})
+                for problem in saver.check(fallen):
+                    if problem.fatal and problem.message not in known:
+                        self.refuse((*step.path, "fallback", "to"), problem.message, problem.hint)
+
     def edits(self, steps: Sequence[Step], model: nn.Module, sources: Mapping[str, WeightSource]) -> None:
         """Refuse to change weights that cannot be written back in the form in which they are stored."""
         for index, step in enumerate(steps):
@@ -268,15 +280,18 @@ class Checks:
 def with_scale_dtypes(steps: Sequence[Step], saver: Saver, model_dtype: str) -> list[Step]:
     """The steps with the scale types in which the saver's engine will hold the scales."""
 
-    def refine(spec: QuantSpec) -> QuantSpec:
-        weight, activation = saver.scale_dtypes(spec, model_dtype)
-        return QuantSpec(replace(spec.weight, scale_dtype=weight), replace(spec.activation, scale_dtype=activation))
-
     refined: dict[QuantSpec, QuantSpec] = {}
-    return [
-        replace(step, specs={name: refined.setdefault(spec, refine(spec)) for name, spec in step.specs.items()})
-        for step in steps
-    ]
+
+    def refine(spec: QuantSpec) -> QuantSpec:
+        return refined.setdefault(spec, with_held_scales(spec, saver, model_dtype))
+
+    return [replace(step, specs={name: refine(spec) for name, spec in step.specs.items()}) for step in steps]
+
+
+def with_held_scales(spec: QuantSpec, saver: Saver, model_dtype: str) -> QuantSpec:
+    """The spec with the scale types in which the saver's engine will hold the scales."""
+    weight, activation = saver.scale_dtypes(spec, model_dtype)
+    return QuantSpec(replace(spec.weight, scale_dtype=weight), replace(spec.activation, scale_dtype=activation))
 
 
 def find_topology(steps: Sequence[Step], session: Session, model: nn.Module) -> Topology | None:

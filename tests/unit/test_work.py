@@ -307,3 +307,27 @@ def test_added_bias_is_refused_where_the_engine_would_drop_it(run: Run) -> None:
     (diagnostic,) = caught.value.diagnostics
     assert "smoothing adds one to model.layers.0.self_attn.q_proj" in diagnostic.message
     assert diagnostic.path == "spec.process[1].qconfig"
+
+
+def test_linear_quant_falls_back_to_another_scheme(run: Run) -> None:
+    _, plain, _ = run(STATIC)
+    errors = {name: q["relative_error"] for unit in plain["units"] for name, q in unit["quality"].items()}
+    worst = max((name for name in errors if "down_proj" in name), key=lambda name: errors[name])
+    bound = errors[worst] - 1e-6
+    fallback = f"      fallback: {{above: {bound}, to: {{act: {{scope: per_token}}, weight: {{dtype: int8}}}}}}\n"
+    result, report, _ = run(STATIC + '      include: ["*down_proj"]\n' + fallback)
+    fallen = {name: fate for unit in report["units"] for name, fate in unit.get("fell_back", {}).items()}
+    assert fallen == {worst: {"from": "W8A8", "to": "W8A8_DYNAMIC", "relative_error": errors[worst]}}
+    assert f"{worst}.weight_scale" in result and f"{worst}.deq_scale" not in result
+    assert report["schemes"] == {"W8A8": 2, "W8A8_DYNAMIC": 1}
+
+
+def test_a_fallback_that_cannot_be_written_is_refused(
+    tiny_llama: Path, protocol: Callable[[str], Path], calibration_file: Path
+) -> None:
+    fallback = "      fallback: {above: 0.1, to: {act: {scope: per_tensor}, weight: {dtype: int4}}}\n"
+    text = f"apiversion: modelslim_v1\nspec:\n  process:\n{STATIC}{fallback}  save:\n    - type: ascendv1_saver\n"
+    with pytest.raises(ProtocolError) as caught:
+        make_plan(tiny_llama, protocol(f"{text}  dataset: {calibration_file}\n"), device="cpu")
+    assert [problem.path for problem in caught.value.diagnostics] == ["spec.process[0].fallback.to"]
+    assert "int4 weights with static int8 activations" in caught.value.diagnostics[0].message

@@ -16,7 +16,7 @@ from modelslim.coverage import cover
 from modelslim.errors import QuantizationError
 from modelslim.experts import FusedExperts
 from modelslim.plan import Plan
-from modelslim.plan_checks import Step
+from modelslim.plan_checks import Step, with_held_scales
 from modelslim.ports import Kinds, PortCollector
 from modelslim.quality import Quality, float_outputs, judge
 from modelslim.quantized import QuantizedLinear
@@ -189,12 +189,13 @@ class UnitWork:
                     fallen[name]["relative_error"] = qualities.pop(name).relative_error
                 del outcome.modules[name]
             if rule.algorithm is not None and rule.spec is not None and names:
-                again = replace(view, specs=dict.fromkeys(names, rule.spec))
+                spec = with_held_scales(rule.spec, self._plan.saver, self._plan.info.dtype)
+                again = replace(view, specs=dict.fromkeys(names, spec))
                 made = {name: _checked(name, one) for name, one in rule.algorithm.apply(again, statistics).items()}
                 outcome.modules.update(made)
                 qualities.update(judge(made, statistics, expected))
                 for name in made:
-                    fallen[name]["to"] = rule.spec.scheme
+                    fallen[name]["to"] = spec.scheme
         if fallen:
             outcome.record["fell_back"] = fallen
 

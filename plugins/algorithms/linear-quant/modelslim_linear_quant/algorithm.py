@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from modelslim.api import (
     Algorithm,
     ExpertLinear,
+    Fallback,
     Gram,
     LinearInfo,
     Pattern,
@@ -39,6 +41,9 @@ class LinearQuant(Algorithm):
         self._rounder = UnitRounder(config.weight)
         self._static: type[TensorRange | Histogram] = Histogram if config.activation == "histogram" else TensorRange
         self.compensates = config.weight.name == "gptq"
+        self._other = None if config.to is None else LinearQuant(config.to)
+        if config.above is not None:
+            self.fallback = Fallback("relative_error", config.above, self._other, config.to.spec if config.to else None)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LinearQuant:
@@ -55,7 +60,15 @@ class LinearQuant(Algorithm):
 
     def check(self, linears: Sequence[LinearInfo]) -> Sequence[Problem]:
         """Refuse group sizes that do not divide the inputs of a selected linear."""
-        size = self._config.spec.weight.group_size
+        return [
+            *self._check_groups(linears, self._config, ("qconfig", "weight")),
+            *(self._check_groups(linears, self._config.to, ("fallback", "to")) if self._config.to else ()),
+        ]
+
+    def _check_groups(
+        self, linears: Sequence[LinearInfo], config: LinearQuantConfig, path: tuple[str, ...]
+    ) -> Sequence[Problem]:
+        size = config.spec.weight.group_size
         if size is None:
             return ()
         odd: dict[int, list[str]] = {}
@@ -67,7 +80,7 @@ class LinearQuant(Algorithm):
                 f"group_size {size} does not divide the {inputs} inputs of {names[0]}"
                 + (f" and {len(names) - 1} others" if len(names) > 1 else ""),
                 hint=f"sizes that do: {', '.join(map(str, _divisors(inputs)))}",
-                path=("qconfig", "weight"),
+                path=path,
             )
             for inputs, names in odd.items()
         ]
@@ -80,6 +93,10 @@ class LinearQuant(Algorithm):
                 needs[name].add(Gram)
             if spec.is_static:
                 needs[name].add(self._static)
+        if self._other is not None:
+            again = replace(unit, specs=dict.fromkeys(unit.specs, self._other._config.spec))
+            for name, kinds in self._other.needs(again).items():
+                needs[name] |= kinds
         return {name: frozenset(kinds) for name, kinds in needs.items() if kinds}
 
     def apply(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, nn.Module]:

@@ -49,23 +49,31 @@ class LinearQuantConfig:
         spec: what they become.
         weight: how their weights are rounded.
         activation: how the range of static activations is found: ``minmax`` or ``histogram``.
+        above: relative error of a linear's output beyond which it falls back; None never does.
+        to: what it falls back to; None is float.
     """
 
     selector: Selector
     spec: QuantSpec
     weight: WeightMethod = WeightMethod()
     activation: str = "minmax"
+    above: float | None = None
+    to: LinearQuantConfig | None = None
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> LinearQuantConfig:
         """Read an entry of ``process`` that its schema has accepted, filling in the defaults."""
         qconfig = entry["qconfig"]
         act = qconfig.get("act")
+        fallback = entry.get("fallback", {})
+        to = fallback.get("to", "float")
         return cls(
             Selector(tuple(entry.get("include", ("*",))), tuple(entry.get("exclude", ()))),
             QuantSpec(_weight(qconfig["weight"]), _activation(act)),
             _method(qconfig["weight"]),
             "histogram" if act is not None and act.get("method") == "histogram" else "minmax",
+            fallback.get("above"),
+            None if to == "float" else cls.parse({"qconfig": to}),
         )
 
 
