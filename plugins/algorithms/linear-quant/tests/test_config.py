@@ -250,6 +250,7 @@ def test_parser_reads_exactly_the_properties_of_the_schema() -> None:
     values = [
         entry({"scope": "per_group", "ext": {"group_size": 64}}, {"scope": "per_token"}, include=["*"]),
         entry({"dtype": "int8"}, {"dtype": "float"}),
+        entry(fallback={"above": 0.5, "to": "float"}),
     ]
     for value in values:
         LinearQuantConfig.parse(Recorder(value, "", seen))
@@ -263,6 +264,10 @@ def test_parser_has_the_defaults_that_the_schema_states() -> None:
     stated = {path: value["default"] for path, value in properties(SCHEMA) if "default" in value}
     assert stated.pop("include") == ["*"]
     assert stated.pop("exclude") == []
+    assert (stated.pop("fallback.metric"), stated.pop("fallback.to")) == ("relative_error", "float")
+    fallen = LinearQuantConfig.parse(entry(fallback={"above": 0.5}))
+    assert (fallen.above, fallen.to) == (0.5, None)
+    assert LinearQuantConfig.parse(entry()).above is None
     for path, default in stated.items():
         _, part, *rest = path.split(".")
         keys = {"scope": "per_group"} if rest[-1] == "group_size" else {}
