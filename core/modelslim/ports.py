@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modelslim.experts import ExpertLinear
-from modelslim.statistics import Port, Statistic, UnitStatistics
+from modelslim.statistics import Port, RowSample, Statistic, UnitStatistics
 
 Kinds = frozenset[type[Statistic]]
 
@@ -41,7 +41,7 @@ class PortCollector:
         for name, kinds in needs.items():
             module = linears[name]
             if isinstance(module, ExpertLinear):
-                self._experts[name] = [{kind: kind() for kind in kinds} for _ in range(module.experts)]
+                self._experts[name] = [_expert_port(kinds, module.experts) for _ in range(module.experts)]
                 self.tokens[name] = [0] * module.experts
         # By identity and version of the tensor, which is kept so that no other can take its identity.
         self._seen: dict[tuple[int, int], tuple[Tensor, list[Port]]] = {}
@@ -123,6 +123,15 @@ class PortCollector:
         kinds = self._needs[name]
         leader = next((port for port in known if kinds <= port.keys()), None)
         return {kind: kind() for kind in kinds} if leader is None else leader
+
+
+def _expert_port(kinds: Kinds, experts: int) -> Port:
+    """What is measured at one of so many experts; their samples together stay as small as those of a few linears."""
+    port: Port = {kind: kind() for kind in kinds}
+    sample = port.get(RowSample)
+    if isinstance(sample, RowSample):
+        sample.capacity = max(16, 8 * RowSample.capacity // experts)
+    return port
 
 
 def _version(x: Tensor) -> int:
