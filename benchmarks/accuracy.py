@@ -3,8 +3,9 @@
 
 All are calibrated on the same data, the set that ships unless --samples says otherwise, and measured on the same text
 in the same windows, all floating arithmetic in float32, from the saved tensors. Static scales are only as good as the
-calibration data are varied: on 16 samples of one kind of text they are four times as far away. LLM Compressor's round-to-nearest is measured beside them when its
-interpreter is given, since it wants an environment of its own (``pip install torch==2.13.0 llmcompressor``).
+calibration data are varied: on 16 samples of one kind of text the result is four times as far away. LLM Compressor's
+round-to-nearest is measured beside ours when its interpreter is given, since it wants an environment of its own
+(``pip install torch==2.13.0 llmcompressor``).
 """
 
 from __future__ import annotations
