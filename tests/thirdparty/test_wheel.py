@@ -252,7 +252,8 @@ def test_foreign_contract_tests_pass_where_it_is_installed(run: Run, tmp_path: P
     done = run("-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path / "tests")
     assert done.returncode == 0, done.stdout
     expected = sum(name.startswith("test_") for name in dir(AdapterContract)) + 1
-    assert f"{expected} passed" in done.stdout
+    # The foreign adapter says nothing of subgraphs for smoothing, so there is nothing to prove about them.
+    assert f"{expected - 1} passed, 1 skipped" in done.stdout
 
 
 @pytest.fixture(scope="session")
