@@ -134,15 +134,16 @@ class Checks:
 
     def fallbacks(self, saver: Saver, model: PlannedModel, steps: Sequence[Step]) -> None:
         """Refuse a fallback that the saver cannot write."""
-        known = {problem.message for problem in saver.check(model)}
-        for step in steps:
-            rule = step.algorithm.fallback
-            if rule is not None and rule.spec is not None:
-                spec = with_held_scales(rule.spec, saver, model.dtype)
-                fallen = replace(model, specs={**model.specs, **dict.fromkeys(step.specs, spec)})
-                for problem in saver.check(fallen):
-                    if problem.fatal and problem.message not in known:
-                        self.refuse((*step.path, "fallback", "to"), problem.message, problem.hint)
+        rules = [(step, step.algorithm.fallback.spec) for step in steps if step.algorithm.fallback is not None]
+        wanted = [(step, spec) for step, spec in rules if spec is not None]
+        # Asked only for those that want it: a saver looks at every linear, of which there may be tens of thousands.
+        known = {problem.message for problem in saver.check(model)} if wanted else set()
+        for step, spec in wanted:
+            held = with_held_scales(spec, saver, model.dtype)
+            fallen = replace(model, specs={**model.specs, **dict.fromkeys(step.specs, held)})
+            for problem in saver.check(fallen):
+                if problem.fatal and problem.message not in known:
+                    self.refuse((*step.path, "fallback", "to"), problem.message, problem.hint)
 
     def edits(self, steps: Sequence[Step], model: nn.Module, sources: Mapping[str, WeightSource]) -> None:
         """Refuse to change weights that cannot be written back in the form in which they are stored."""
