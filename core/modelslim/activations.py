@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,20 +26,35 @@ class Boundary:
         model: the model, parts outside the units filled.
         inputs: one model input per sample.
         units: names of the units, in the order of the visit.
+        around: opened while code of the model outside the units runs.
 
     Raises:
         ModelError: a forward arrives at a unit that the visit does not name.
     """
 
-    def __init__(self, session: Session, model: nn.Module, inputs: Sequence[Any], units: Sequence[str]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        model: nn.Module,
+        inputs: Sequence[Any],
+        units: Sequence[str],
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._order = {unit: index for index, unit in enumerate(units)}
+        self._around = around
         self._forwards: list[Generator[ProcessRequest, Any, Any]] = [
             session.generate_model_forward(model, sample) for sample in inputs
         ]
-        self._requests: list[ProcessRequest | None] = [self._arrive(next(forward), "") for forward in self._forwards]
+        with around():
+            self._requests: list[ProcessRequest | None] = [
+                self._arrive(next(forward), "") for forward in self._forwards
+            ]
+        self._held: dict[int, Any] = {}
 
     def run_unit(self, unit: str, after_sample: Callable[[], None], resume: bool = True) -> int:
         """Compute the unit on every sample that waits there and let its forward run on to its next unit, or to its end.
+
+        Outputs that are held are not computed again.
 
         Args:
             unit: name of the unit; the units before it have been run.
@@ -55,22 +70,30 @@ class Boundary:
         tokens = 0
         for index, request in enumerate(self._requests):
             while request is not None and request.name == unit:
-                # .forward, not the call: hooks on the unit have run already, in the suspended forward.
-                output = request.module.forward(*request.args, **request.kwargs)
+                output = self._held.pop(index) if index in self._held else _compute(request)
                 tokens += _tokens(request)
                 self._requests[index] = request = None
                 if resume:
-                    with suppress(StopIteration):
+                    with suppress(StopIteration), self._around():
                         self._requests[index] = request = self._arrive(self._forwards[index].send(output), unit)
                 del output
                 after_sample()
         return tokens
 
-    def waiting(self, unit: str) -> list[ProcessRequest]:
-        """The calls of the unit on the samples that wait there."""
-        return [request for request in self._requests if request is not None and request.name == unit]
+    def waiting(self, unit: str) -> dict[int, ProcessRequest]:
+        """The calls of the unit on the samples that wait there, by the number of the sample."""
+        return {
+            index: request
+            for index, request in enumerate(self._requests)
+            if request is not None and request.name == unit
+        }
 
-    def measure_unit(self, unit: str, after_sample: Callable[[], None]) -> int:
+    @property
+    def held(self) -> Mapping[int, Any]:
+        """The outputs that are held, by the number of the sample. Not to be changed: forwards go on with them."""
+        return self._held
+
+    def measure_unit(self, unit: str, after_sample: Callable[[], None] = lambda: None, hold: bool = False) -> int:
         """Compute the unit on every sample that waits there, and leave them there.
 
         A sample that would enter the unit again, with a video behind an image, shows its first entrance only.
@@ -78,14 +101,19 @@ class Boundary:
         Args:
             unit: name of the unit; the units before it have been run.
             after_sample: called when a sample has passed the unit.
+            hold: True to keep the outputs: ``run_unit`` goes on with them, whatever the unit has become by then.
 
         Returns:
             How many tokens passed.
         """
-        for request in self.waiting(unit):
-            request.module.forward(*request.args, **request.kwargs)
+        waiting = self.waiting(unit)
+        for index, request in waiting.items():
+            output = _compute(request)
+            if hold:
+                self._held[index] = output
+            del output
             after_sample()
-        return sum(map(_tokens, self.waiting(unit)))
+        return sum(map(_tokens, waiting.values()))
 
     def finish_sample(self, index: int, unit: str) -> Any:
         """Compute the last unit on one sample and let its forward run to the end.
@@ -105,8 +133,7 @@ class Boundary:
         self._requests[index] = None
         try:
             while True:
-                output = request.module.forward(*request.args, **request.kwargs)
-                request = self._arrive(self._forwards[index].send(output), unit)
+                request = self._arrive(self._forwards[index].send(_compute(request)), unit)
         except StopIteration as end:
             return end.value
 
@@ -128,6 +155,12 @@ class Boundary:
         for forward in self._forwards:
             forward.close()
         self._requests.clear()
+        self._held.clear()
+
+
+def _compute(request: ProcessRequest) -> Any:
+    # .forward, not the call: hooks on the unit have run already, in the suspended forward.
+    return request.module.forward(*request.args, **request.kwargs)
 
 
 def _tokens(request: ProcessRequest) -> int:

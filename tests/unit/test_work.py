@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from modelslim import activations
+from modelslim.cli.quant import notes as said_by_the_command
 from modelslim.errors import ProtocolError
 from modelslim.plan import make_plan
+from modelslim.plan_table import forward_passes
 from modelslim.run import run_plan
+from modelslim.sampling import choose_samples
 from modelslim.saved import load_model
+from modelslim.types import ProcessRequest
 
 PLUGIN = '''
 from collections import Counter
@@ -68,6 +74,18 @@ class Count(Algorithm):
             self.sums[name] = float(statistics.get(name, Seen).sum)
         return {}
 
+class Watch(LinearQuant):
+    """linear_quant that keeps what it is shown of every unit: calls, targets, and the outputs on the calls."""
+    replays = True
+    units = {}
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config({**config, "type": "linear_quant"})
+    def apply(self, unit, statistics):
+        outputs = [call.module.forward(*call.args, **call.kwargs) for call in unit.calls]
+        self.units[unit.name] = unit.calls, unit.targets, outputs
+        return super().apply(unit, statistics)
+
 class Falls(LinearQuant):
     """linear_quant, of which everything beyond a bound falls back."""
     @classmethod
@@ -75,11 +93,23 @@ class Falls(LinearQuant):
         made = super().from_config({k: v for k, v in config.items() if k != "above"} | {"type": "linear_quant"})
         made.fallback = Fallback("relative_error", config["above"])
         return made
+
+class Says(LinearQuant):
+    """linear_quant with something to say."""
+    @classmethod
+    def from_config(cls, config): return super().from_config({**config, "type": "linear_quant"})
+    def apply(self, unit, statistics):
+        made = super().apply(unit, statistics)
+        for name, module in made.items():
+            if name.endswith("down_proj"): module.notes = ("it is heavy", "it is wide")
+        return made
 '''
 FIELDS: dict[str, dict[str, Any]] = {
     "fold": {},
     "count": {},
+    "watch": {"qconfig": {"type": "object", "description": "x"}, "include": {"type": "array", "description": "x"}},
     "falls": {"above": {"type": "number", "description": "x"}, "qconfig": {"type": "object", "description": "x"}},
+    "says": {"qconfig": {"type": "object", "description": "x"}},
 }
 """Names of the algorithms, with what they take."""
 
@@ -221,6 +251,124 @@ def test_the_next_layer_is_calibrated_on_the_outputs_that_the_protocol_says(
     assert differ
 
 
+WATCHED = """\
+    - type: watch
+      qconfig: {act: {dtype: float}, weight: {scope: per_channel, dtype: int8}}
+"""
+
+
+def outputs_at(model: nn.Module, inputs: list[Tensor]) -> dict[str, list[Tensor]]:
+    """What every decoder layer returns for each input, from a plain call of the model."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: seen.setdefault(name, []).append(first(output))
+        )
+        for name in (f"model.layers.{layer}" for layer in range(3))
+    ]
+    with torch.no_grad():
+        for ids in inputs:
+            model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def first(value: Any) -> Tensor:
+    found: Tensor = value if isinstance(value, Tensor) else value[0]
+    return found
+
+
+@pytest.fixture
+def token_ids(tiny_llama: Path, calibration_texts: tuple[str, ...]) -> list[Tensor]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    return [torch.tensor([tokenizer(text)["input_ids"]]) for text in calibration_texts]
+
+
+@pytest.mark.parametrize("before", ["", "    - type: fold\n"], ids=["alone", "smoothed"])
+@pytest.mark.parametrize("propagation", ["float", "quantized"])
+def test_targets_are_what_the_float_model_gives(
+    propagation: str, before: str, plugin: Any, run: Run, tiny_llama: Path, token_ids: list[Tensor]
+) -> None:
+    """To the bit, whatever flows into the unit."""
+    _, _, out = run(before + WATCHED, f"  propagation: {propagation}\n")
+    expected = outputs_at(load_model(tiny_llama, device="cpu"), token_ids)
+    quantized = outputs_at(load_model(out, tiny_llama, device="cpu"), token_ids)
+    for layer, (name, (calls, targets, outputs)) in enumerate(plugin.Watch.units.items()):
+        if not name:
+            continue
+        assert len(calls) == len(targets) == len(token_ids)
+        for sample, target in enumerate(targets):
+            assert torch.equal(first(target), expected[name][sample])
+            if propagation == "float":
+                assert torch.equal(first(outputs[sample]), first(target)) or before
+            if layer:
+                shown = first((*calls[sample].args, *calls[sample].kwargs.values()))
+                previous = f"model.layers.{layer - 1}"
+                right, wrong = (one[previous][sample] for one in (expected, quantized))
+                if propagation == "quantized":
+                    right, wrong = wrong, right
+                assert (shown - right).norm() < 0.2 * (shown - wrong).norm()
+
+
+@pytest.mark.parametrize(("propagation", "passes"), [("float", 1), ("quantized", 3)])
+def test_passes_of_what_replays_are_those_of_the_plan(
+    propagation: str,
+    passes: int,
+    plugin: Any,
+    tiny_llama: Path,
+    protocol: Callable[[str], Path],
+    calibration_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Float outputs come from the pass that measures, or from one of their own beside the quantized units."""
+    text = f"apiversion: modelslim_v1\nspec:\n  process:\n{WATCHED}  save:\n    - type: ascendv1_saver\n"
+    more = f"  dataset: {calibration_file}\n  propagation: {propagation}\n"
+    plan = make_plan(tiny_llama, protocol(text + more), device="cpu")
+    assert forward_passes(plan) == passes
+    computed: Counter[str] = Counter()
+
+    def compute(request: ProcessRequest) -> Any:
+        computed[request.name] += 1
+        return request.module.forward(*request.args, **request.kwargs)
+
+    monkeypatch.setattr(activations, "_compute", compute)
+    run_plan(plan, tmp_path / "out")
+    assert computed["model.layers.1"] == passes * len(plan.samples)
+
+
+def test_an_algorithm_that_replays_changes_nothing_for_others(plugin: Any, run: Run) -> None:
+    """Neither what they measure, outside the units too, nor what is handed on."""
+    static = STATIC.replace("include", "") + '      include: ["lm_head"]\n'
+    propagation = "  propagation: quantized\n"
+    watched, _, _ = run(WATCHED + static, propagation)
+    plain, _, _ = run(WATCHED.replace("watch", "linear_quant") + static, propagation)
+    assert watched.keys() == plain.keys()
+    assert "lm_head.input_scale" in plain
+    assert [name for name, tensor in plain.items() if not torch.equal(tensor, watched[name])] == []
+    assert {name for name, (calls, _, _) in plugin.Watch.units.items() if calls} == {
+        f"model.layers.{layer}" for layer in range(3)
+    }
+
+
+def test_samples_are_as_many_as_are_wanted_evenly_spread(
+    plugin: Any, run: Run, monkeypatch: pytest.MonkeyPatch, token_ids: list[Tensor]
+) -> None:
+    assert len(token_ids) > 3
+    monkeypatch.setattr(plugin.Watch, "samples", 2)
+    _, report, _ = run(WATCHED)
+    assert report["samples"] == 2
+    lengths = [first((*call.args, *call.kwargs.values())).shape[1] for call in plugin.Watch.units["model.layers.0"][0]]
+    assert lengths == [ids.shape[1] for ids in choose_samples(token_ids, 2)]
+    _, report, _ = run(
+        WATCHED.replace("    - type: watch\n", '    - type: watch\n      include: ["*mlp*"]\n') + "    - type: count\n"
+    )
+    assert report["samples"] == len(token_ids)
+
+
 def test_quality_is_that_of_the_outputs_on_calibration_data(run: Run, tiny_llama: Path) -> None:
     result, report, _ = run(STATIC)
     original = source(tiny_llama)
@@ -331,3 +479,15 @@ def test_a_fallback_that_cannot_be_written_is_refused(
         make_plan(tiny_llama, protocol(f"{text}  dataset: {calibration_file}\n"), device="cpu")
     assert [problem.path for problem in caught.value.diagnostics] == ["spec.process[0].fallback.to"]
     assert "int4 weights with static int8 activations" in caught.value.diagnostics[0].message
+
+
+def test_what_an_algorithm_says_about_a_linear_is_in_the_report(plugin: Any, run: Run) -> None:
+    _, report, _ = run(STATIC.replace("linear_quant", "says"))
+    said = {name: notes for unit in report["units"] for name, notes in unit.get("notes", {}).items()}
+    assert said == {f"model.layers.{layer}.mlp.down_proj": ["it is heavy", "it is wide"] for layer in range(3)}
+    assert said_by_the_command(report)[:2] == [
+        "model.layers.0.mlp.down_proj: it is heavy",
+        "model.layers.0.mlp.down_proj: it is wide",
+    ]
+    _, report, _ = run(STATIC)
+    assert said_by_the_command(report) == []

@@ -14,6 +14,7 @@ import torch
 from modelslim.activations import Boundary
 from modelslim.devices import synchronize, work_alone
 from modelslim.edits import stored_edits
+from modelslim.kv_cache import QuantizedCache, attentions, open_places
 from modelslim.loader import Loader
 from modelslim.plan import Plan
 from modelslim.ports import PortCollector
@@ -39,8 +40,11 @@ class Engine:
         self._writer = writer
         self._units = list(plan.info.units)
         self._model = plan.session.init_model(plan.device) if plan.samples else plan.model
+        if self._model is not plan.model:
+            open_places(self._model, attentions(plan.planned.caches))
         self._loader = Loader(self._model, plan.checkpoint, plan.loader.sources, plan.device)
         self._last_pass = self._find_last_pass()
+        self._reference: Boundary | None = None
         self._records: list[dict[str, Any]] = []
         self._written: set[str] = set()
 
@@ -54,7 +58,7 @@ class Engine:
         outside = self._work(OUTSIDE).collector()
         with torch.no_grad(), ThreadPoolExecutor(1, "reader", work_alone) as reader, outside, ExitStack() as stack:
             # The embeddings come and go before the first unit comes, so that they do not add up.
-            boundary = stack.enter_context(closing(self._start(outside))) if self._plan.samples else None
+            boundary = self._start(outside, stack) if self._plan.samples else None
             ahead = reader.submit(self._loader.read, self._names(0))
             for index, unit in enumerate(self._units):
                 clock = _Clock(self._plan.device)
@@ -67,17 +71,21 @@ class Engine:
             if self._plan.claimed(OUTSIDE):
                 self._outside(outside.statistics())
             copies = [key for key in self._plan.checkpoint.tensors if key not in self._written]
-            self._writer.put(OUTSIDE, {}, {}, copies)
+            self._writer.put(OUTSIDE, {}, {}, {}, copies)
         return self._records
 
-    def _start(self, outside: PortCollector) -> Boundary:
+    def _start(self, outside: PortCollector, stack: ExitStack) -> Boundary:
+        """Let every sample run to its first unit; twice when float outputs are wanted behind quantized units."""
         plan = self._plan
         self._loader.fill_on_demand(self._units)
         if plan.session.has("enable_kv_cache"):
             plan.session.enable_kv_cache(self._model, False)
         inputs = plan.session.handle_dataset(plan.samples, plan.device)
-        boundary = Boundary(plan.session, self._model, inputs, self._units)
+        boundary = stack.enter_context(closing(Boundary(plan.session, self._model, inputs, self._units)))
         outside.next_sample()
+        if plan.propagates_quantized and plan.replays:
+            reference = Boundary(plan.session, self._model, inputs, self._units, outside.paused)
+            self._reference = stack.enter_context(closing(reference))
         # Every sample has passed the embeddings, which weigh as much as several units.
         self._loader.release_filled()
         return boundary
@@ -88,7 +96,7 @@ class Engine:
         if boundary is not None and index <= self._last_pass:
             # Behind the last unit lie the norm and the vocabulary projection, which cost as much as several units.
             resume = index + 1 < len(self._units) or self._last_pass == len(self._units)
-            outcome = work.calibrate(boundary, outside.next_sample, resume)
+            outcome = work.calibrate(boundary, outside.next_sample, resume, self._reference)
             if index + 1 < len(self._units):
                 # A forward that embeds its text behind the vision tower has filled the embeddings here.
                 self._loader.release_filled()
@@ -115,12 +123,13 @@ class Engine:
     def _write(self, unit: str, outcome: Outcome, stored: Sequence[str]) -> None:
         """Hand on what was quantized and edited, and what of the unit's tensors is left to copy."""
         modules: dict[str, QuantizedLinear] = {name: module.to("cpu") for name, module in outcome.modules.items()}
+        caches: dict[str, QuantizedCache] = {name: one.to("cpu") for name, one in outcome.caches.items()}
         edited = dict(stored_edits(self._plan, self._model, outcome.edited))
         parameters = [*outcome.edited, *(f"{name}.{part}" for name in modules for part in ("weight", "bias"))]
         gone = {key for name in parameters for key in self._plan.stored_keys(name)}
         copies = [key for key in stored if key not in gone]
         self._written.update(stored, gone)
-        self._writer.put(unit, modules, edited, copies)
+        self._writer.put(unit, modules, caches, edited, copies)
 
     def _work(self, unit: str) -> UnitWork:
         return UnitWork(self._plan, self._model, unit)

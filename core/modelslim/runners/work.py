@@ -13,17 +13,21 @@ from torch import Tensor, nn
 from modelslim.activations import Boundary
 from modelslim.algorithm import Unit
 from modelslim.coverage import cover
-from modelslim.errors import QuantizationError
+from modelslim.errors import ModelError, QuantizationError
 from modelslim.experts import FusedExperts
+from modelslim.kv_cache import QuantizedCache
+from modelslim.multipliers import drop_input_multiplier, input_multiplier, undo_input_multiplier
 from modelslim.plan import Plan
 from modelslim.plan_checks import Step, with_held_scales
 from modelslim.ports import Kinds, PortCollector
 from modelslim.quality import Quality, float_outputs, judge
 from modelslim.quantized import QuantizedLinear
+from modelslim.runners.standing import in_place
 from modelslim.statistics import ChannelRange, RowSample, TensorRange, UnitStatistics, follows_rescaling
 from modelslim.types import ProcessRequest, QuantSpec
 
 View = tuple[Step, Unit]
+Calls = tuple[Sequence[ProcessRequest], Sequence[Any]]
 
 
 @dataclass
@@ -32,12 +36,14 @@ class Outcome:
 
     Attributes:
         modules: what replaces linears, by name, on the device.
+        caches: what takes the places of key/value caches, by name, on the device.
         edited: names of parameters that were changed in place or added and stay float.
         specs: what the quantized linears became, by the names of the modules that hold them.
         record: for the report.
     """
 
     modules: dict[str, QuantizedLinear] = field(default_factory=dict)
+    caches: dict[str, QuantizedCache] = field(default_factory=dict)
     edited: frozenset[str] = frozenset()
     specs: dict[str, QuantSpec] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
@@ -59,24 +65,35 @@ class UnitWork:
         self._claimed = plan.claimed(unit)
         self._views: list[View] = [(step, step.unit(unit, model)) for step in plan.steps]
         self._passes = list(_passes(self._views))
+        self._replays = any(step.replays(view) for step, view in self._views)
 
     @property
     def calibrates(self) -> bool:
-        """True when some algorithm wants to measure something."""
-        return any(map(_needs, self._passes))
+        """True when some algorithm wants to measure something, or to run the unit itself."""
+        return self._replays or any(map(_needs, self._passes))
 
     def collector(self) -> PortCollector:
         """Measures what the first pass needs."""
         return self._collector(self._passes[0])
 
-    def calibrate(self, boundary: Boundary, after_sample: Callable[[], None], resume: bool) -> Outcome:
+    def calibrate(
+        self,
+        boundary: Boundary,
+        after_sample: Callable[[], None],
+        resume: bool,
+        reference: Boundary | None = None,
+    ) -> Outcome:
         """Measure on the samples that wait at the unit, work on it, and let them go on.
 
         Args:
             boundary: the samples.
             after_sample: called when a sample has passed the unit.
             resume: False to leave the samples at this unit, when nothing behind it is wanted.
+            reference: the same samples, which pass float units only; for algorithms that replay, where
+                ``boundary`` passes quantized ones.
         """
+        if reference is not None:
+            reference.measure_unit(self._unit, hold=True)
         layers = {
             name: module
             for name, module in self._model.get_submodule(self._unit).named_modules(prefix=self._unit)
@@ -85,7 +102,7 @@ class UnitWork:
         for layer in layers.values():
             layer.count_tokens()
         quantized = resume and self._plan.propagates_quantized
-        replays = any(step.algorithm.replays for step, _ in self._views)
+        replays = self._replays
         outcome = Outcome()
         expected: dict[str, Tensor] = {}
         borrowed: list[str] = []
@@ -104,20 +121,26 @@ class UnitWork:
                 if last:
                     tokens = boundary.run_unit(self._unit, passed, resume)
                 else:
-                    tokens = boundary.measure_unit(self._unit, passed)
+                    tokens = boundary.measure_unit(self._unit, passed, hold=replays and not quantized and index == 0)
             if index == 0:
                 experts = {name: {"tokens": layer.tokens_seen} for name, layer in layers.items() if tokens}
             if tokens:
                 borrowed = cover(ports, list(_needs(group)), self._plan.protocol.experts)
             statistics = ports.statistics()
-            calls = boundary.waiting(self._unit) if replays else ()
+            calls = self._calls(boundary, reference or boundary) if replays else ((), ())
             self._apply(group, statistics, outcome, calls, (self._sampled(ports), expected))
+            del calls
         qualities = judge(outcome.modules, statistics, expected)
         self._fall_back(qualities, statistics, expected, outcome)
         self._finish(outcome)
+        if reference is not None and resume:
+            reference.run_unit(self._unit, lambda: None)
         if quantized or (replays and resume):
-            with _in_place(self._model, outcome.modules if quantized else {}):
+            standing = {**outcome.modules, **outcome.caches} if quantized else {}
+            with in_place(self._model, standing):
                 boundary.run_unit(self._unit, after_sample, resume)
+        for linear in self._views[0][1].linears.values():
+            drop_input_multiplier(linear)
         outcome.record |= {
             "tokens": tokens,
             "experts": experts,
@@ -140,7 +163,7 @@ class UnitWork:
         group: Sequence[View],
         statistics: UnitStatistics,
         outcome: Outcome,
-        calls: Sequence[ProcessRequest] = (),
+        calls: Calls = ((), ()),
         judged: tuple[Mapping[str, nn.Module], dict[str, Tensor]] | None = None,
     ) -> None:
         """Run the algorithms of a pass.
@@ -149,24 +172,45 @@ class UnitWork:
             group: the algorithms with the unit.
             statistics: what the pass measured.
             outcome: takes what they answer.
-            calls: for those that replay.
+            calls: for those that replay, and the outputs of the float model.
             judged: linears whose outputs are wanted, and where they go. They are taken when the linear is about
                 to be quantized: smoothing may have divided them.
         """
         linears, outputs = judged or ({}, {})
         for step, seen in group:
             outputs.update(float_outputs({name: linears[name] for name in seen.specs if name in linears}, statistics))
-            view = replace(seen, calls=calls) if step.algorithm.replays else seen
+            view = replace(seen, calls=calls[0], targets=calls[1]) if step.algorithm.replays else seen
             for name, module in step.algorithm.apply(view, statistics).items():
                 outcome.modules[name] = _checked(name, module)
+            outcome.caches.update(step.algorithm.quantize_caches(view, statistics))
             outcome.edited |= step.algorithm.edits(view)
+
+    def _calls(self, boundary: Boundary, reference: Boundary) -> Calls:
+        """The calls of the unit, and what the float model gives for them."""
+        calls, held = boundary.waiting(self._unit), reference.held
+        if calls.keys() != held.keys():
+            raise ModelError(
+                f"other samples enter {self._unit} when the units before it are quantized",
+                hint="say propagation: float in spec",
+            )
+        return list(calls.values()), [held[index] for index in calls]
 
     def _finish(self, outcome: Outcome) -> None:
         """What is known once every linear has found its form."""
+        for name, linear in self._views[0][1].linears.items():
+            # Quality was judged on inputs that were multiplied already.
+            if name in outcome.modules:
+                outcome.modules[name].input_multiplier = input_multiplier(linear)
+            else:
+                undo_input_multiplier(linear)
         held = {f"{name}.{part}" for name in outcome.modules for part in ("weight", "bias")}
         outcome.edited -= held
         outcome.specs = {name: module.spec for name, module in outcome.modules.items()}
         outcome.record["linears"] = {name: spec.scheme for name, spec in outcome.specs.items()}
+        if notes := {name: list(one.notes) for name, one in outcome.modules.items() if one.notes}:
+            outcome.record["notes"] = notes
+        if outcome.caches:
+            outcome.record["caches"] = {name: cache.spec.dtype for name, cache in outcome.caches.items()}
 
     def _fall_back(
         self,
@@ -214,22 +258,25 @@ class UnitWork:
 
 
 def count_passes(plan: Plan, unit: str) -> int:
-    """How often each sample passes the unit: to be measured, and once more to be handed on quantized."""
+    """How often each sample passes the unit: to be measured, to be handed on quantized, and beside that float."""
     passes = len(list(_passes([(step, step.unit(unit, plan.model)) for step in plan.steps])))
-    return passes + int(plan.propagates_quantized or any(step.algorithm.replays for step in plan.steps))
+    return passes + (1 + plan.replays if plan.propagates_quantized else 0)
 
 
 def _passes(views: Sequence[View]) -> Iterator[list[View]]:
     """The steps that can share a pass, in order: a statistic that cannot follow a rescaling wants a new one."""
     group: list[View] = []
-    moved = False
+    moved = shifted = False
     for step, view in views:
         kinds = {kind for wanted in step.algorithm.needs(view).values() for kind in wanted}
-        if moved and not all(map(follows_rescaling, kinds)):
+        # What is divided may be the values that enter a cache, whose statistics nobody rescales.
+        follows = not view.caches and all(follows_rescaling(kind, shifts=shifted) for kind in kinds)
+        if moved and not follows:
             yield group
-            group, moved = [], False
+            group, moved, shifted = [], False, False
         group.append((step, view))
         moved = moved or step.algorithm.rescales
+        shifted = shifted or step.algorithm.shifts
     yield group
 
 
@@ -267,16 +314,3 @@ def _showing(layers: Mapping[str, FusedExperts], group: Sequence[View], policy: 
     yield
     for layer in layers.values():
         layer.show_all = False
-
-
-@contextmanager
-def _in_place(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Let quantized linears stand in the model for a while."""
-    originals = {name: model.get_submodule(name) for name in modules}
-    for name, module in modules.items():
-        model.set_submodule(name, module)
-    try:
-        yield
-    finally:
-        for name, module in originals.items():
-            model.set_submodule(name, module)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from modelslim.api import (
     Algorithm,
+    ChannelEnergy,
     ExpertLinear,
+    Gram,
     LinearInfo,
     Pattern,
     Problem,
-    ProcessRequest,
     QuantizationError,
     QuantizedExperts,
     QuantizedLinear,
@@ -26,12 +27,15 @@ from modelslim.api import (
     TensorSpec,
     Unit,
     UnitStatistics,
+    carry_input_multiplier,
+    check_group_sizes,
+    choose_samples,
     range_to_scale,
 )
 from modelslim_autoround.config import AutoRoundConfig
 from modelslim_autoround.simulated import InputRounding, SimulatedExperts, SimulatedLinear
 from modelslim_autoround.start import Factor, best_ratios, factor, moved_values
-from modelslim_autoround.training import Descent, Inputs, choose, run
+from modelslim_autoround.training import Descent
 from modelslim_autoround.weight import TrainedWeight
 
 
@@ -40,10 +44,13 @@ class AutoRoundQuant(Algorithm):
 
     takes_experts = True
     compensates = True
-    replays = True
 
     def __init__(self, config: AutoRoundConfig) -> None:
         self._config = config
+        self.replays = config.training.trains
+        # A static range wants all that there is.
+        static = any(strategy.spec.is_static for strategy in config.strategies)
+        self.samples = None if static else config.training.samples
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AutoRoundQuant:
@@ -69,35 +76,30 @@ class AutoRoundQuant(Algorithm):
     def check(self, linears: Sequence[LinearInfo]) -> Sequence[Problem]:
         """Refuse group sizes that do not divide the inputs of a selected linear."""
         specs = self.select(linears)
-        odd: dict[tuple[int, int], list[str]] = {}
-        for linear in linears:
-            spec = specs.get(linear.name)
-            size = None if spec is None else spec.weight.group_size
-            if size is not None and linear.in_features % size:
-                odd.setdefault((size, linear.in_features), []).append(linear.name)
-        return [
-            Problem(
-                f"group_size {size} does not divide the {inputs} inputs of {names[0]}"
-                + (f" and {len(names) - 1} others" if len(names) > 1 else ""),
-                hint=f"sizes that do: {', '.join(str(one) for one in range(16, inputs + 1) if inputs % one == 0)}",
-                path=("strategies",),
-            )
-            for (size, inputs), names in odd.items()
-        ]
+        chosen = [(one, specs[one.name].weight) for one in linears if one.name in specs]
+        return check_group_sizes(chosen, ("strategies",))
 
     def needs(self, unit: Unit) -> Mapping[str, frozenset[type[Statistic]]]:
-        """The range of the input: for static activations, and so that the unit is calibrated at all."""
-        if self._config.training.trains and unit.module is not None:
-            return {name: frozenset({TensorRange}) for name in unit.specs}
-        return {name: frozenset({TensorRange}) for name, spec in unit.specs.items() if spec.is_static}
+        """What the start wants to know of the inputs, and their range for static activations."""
+        wanted: dict[str, frozenset[type[Statistic]]] = {}
+        for name, spec in unit.specs.items():
+            kinds: set[type[Statistic]] = {TensorRange} if spec.is_static else set()
+            if self.replays and unit.module is not None and self._config.training.start != "minmax":
+                kinds.add(self._moments(unit.linears[name]))
+            if kinds:
+                wanted[name] = frozenset(kinds)
+        return wanted
+
+    def _moments(self, linear: nn.Module) -> type[Statistic]:
+        """The second moments that the start wants; of all experts together, whole matrices would be too many."""
+        return ChannelEnergy if self._config.training.start == "mse" or isinstance(linear, ExpertLinear) else Gram
 
     def apply(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, nn.Module]:
         """Train the linears that the plan gave to this entry, all at once."""
         roundings = {name: _rounding(name, unit.linears[name], spec, statistics) for name, spec in unit.specs.items()}
         weights = {name: TrainedWeight(_weight(unit.linears[name]), spec.weight) for name, spec in unit.specs.items()}
-        calls = choose(unit.calls, self._config.training.samples)
-        if self._config.training.trains and unit.module is not None and calls and weights:
-            self._train(unit, weights, roundings, calls)
+        if self.replays and unit.module is not None and unit.calls and weights:
+            self._train(unit, weights, roundings, statistics)
         return {
             name: _quantized(unit.linears[name], weight, spec, roundings[name])
             for (name, weight), spec in zip(weights.items(), unit.specs.values(), strict=True)
@@ -108,45 +110,51 @@ class AutoRoundQuant(Algorithm):
         unit: Unit,
         weights: Mapping[str, TrainedWeight],
         roundings: Mapping[str, InputRounding],
-        calls: Sequence[ProcessRequest],
+        statistics: UnitStatistics,
     ) -> None:
         training = self._config.training
-        inputs = Inputs()
-        targets = []
-        watched = {} if training.start == "minmax" else {name: unit.linears[name] for name in weights}
-        with inputs.watching(watched):
-            for call in calls:
-                targets.append(run(call))
-                inputs.next_call()
+        calls, targets = (choose_samples(one, training.samples) for one in (unit.calls, unit.targets))
         simulated = {name: _simulated(unit.linears[name], weight, roundings[name]) for name, weight in weights.items()}
         with _in_place(unit, simulated):
             descent = Descent(unit.name, list(weights.values()), calls, targets, training)
             descent.keep_best()
-            if watched:
-                _start(weights, unit, inputs, moves=training.start == "gptq")
+            if training.start != "minmax":
+                self._start(unit, weights, statistics)
                 descent.keep_best()
             descent.run()
             descent.keep_best()
             descent.restore_best()
 
+    def _start(self, unit: Unit, weights: Mapping[str, TrainedWeight], statistics: UnitStatistics) -> None:
+        """Begin with ranges, and for ``gptq`` with values, that suit the inputs."""
+        factors: dict[int, Factor] = {}
+        for name, weight in weights.items():
+            linear, spec = unit.linears[name], unit.specs[name].weight
+            matrix: Tensor | None = None
+            if self._moments(linear) is Gram:
+                matrix = statistics.get(name, Gram).matrix
+                energy = None if matrix is None else matrix.diagonal()
+            else:
+                energy = _energy(name, linear, statistics)
+            if energy is None:  # no sample reached it
+                continue
+            ratios = best_ratios(_weight(linear), spec, energy)
+            weight.start_at(ratios, ratios.clone())
+            if matrix is not None:
+                if id(matrix) not in factors:  # linears that read the same tensor share it
+                    factors[id(matrix)] = factor(matrix, name)
+                moved = moved_values(_weight(linear), factors[id(matrix)], *weight.scale(), spec)
+                weight.start_at(ratios, ratios.clone(), moved)
 
-def _start(weights: Mapping[str, TrainedWeight], unit: Unit, inputs: Inputs, moves: bool) -> None:
-    """Begin with ranges, and with values if ``moves``, that suit the inputs."""
-    factors: dict[int, Factor] = {}
-    for name, weight in weights.items():
-        linear, spec = unit.linears[name], unit.specs[name].weight
-        gram = inputs.grams.get(name)
-        matrix = None if gram is None else gram.matrix
-        energy = inputs.energies.get(name) if matrix is None else matrix.diagonal()
-        if energy is None:  # no sample reached it
-            continue
-        ratios = best_ratios(_weight(linear), spec, energy)
-        weight.start_at(ratios, ratios.clone())
-        if moves and gram is not None and matrix is not None:
-            if id(gram) not in factors:
-                factors[id(gram)] = factor(matrix, name)
-            moved = moved_values(_weight(linear), factors[id(gram)], *weight.scale(), spec)
-            weight.start_at(ratios, ratios.clone(), moved)
+
+def _energy(name: str, linear: nn.Module, statistics: UnitStatistics) -> Tensor | None:
+    """Sums of squares of the inputs, float32 [in] or [experts, in]; None when no sample reached a linear."""
+    if isinstance(linear, ExpertLinear):
+        none = linear.weight.new_zeros(linear.in_features, dtype=torch.float64)
+        seen = [one.squares for one in statistics.get_experts(name, ChannelEnergy)]
+        return torch.stack([none if one is None else one for one in seen]).to(torch.float32)
+    squares = statistics.get(name, ChannelEnergy).squares
+    return None if squares is None else squares.to(torch.float32)
 
 
 def _weight(linear: nn.Module) -> Tensor:
@@ -156,9 +164,9 @@ def _weight(linear: nn.Module) -> Tensor:
 
 def _simulated(linear: nn.Module, weight: TrainedWeight, rounding: InputRounding) -> nn.Module:
     if isinstance(linear, ExpertLinear):
-        return SimulatedExperts(linear, weight, rounding)
+        return carry_input_multiplier(linear, SimulatedExperts(linear, weight, rounding))
     assert isinstance(linear, nn.Linear)
-    return SimulatedLinear(linear, weight, rounding)
+    return carry_input_multiplier(linear, SimulatedLinear(linear, weight, rounding))
 
 
 def _quantized(linear: nn.Module, weight: TrainedWeight, spec: QuantSpec, rounding: InputRounding) -> QuantizedLinear:

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modelslim.api import FLOAT, QuantSpec, Selector, TensorSpec
-
-DEFAULT_GROUP_SIZE = 128
+from modelslim.api import QuantSpec, Selector, parse_qconfig
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Training:
         round_tuning: whether offsets are trained.
         minmax_tuning: whether multipliers are.
         batch_size: samples for each step.
-        samples: how many calibration samples are trained on at most, spread evenly.
+        samples: how many calibration samples are used at most, spread evenly; static ranges come from all.
         start: where the descent begins: ``minmax``, ``mse`` or ``gptq``.
         seed: of the order of the samples.
     """
@@ -90,23 +88,7 @@ class AutoRoundConfig:
 
 
 def _strategy(strategy: Mapping[str, Any]) -> Strategy:
-    qconfig = strategy["qconfig"]
     return Strategy(
         Selector(tuple(strategy.get("include", ("*",))), tuple(strategy.get("exclude", ()))),
-        QuantSpec(_weight(qconfig["weight"]), _activation(qconfig.get("act"))),
+        parse_qconfig(strategy["qconfig"]),
     )
-
-
-def _weight(leaf: Mapping[str, Any]) -> TensorSpec:
-    scope = leaf.get("scope", "per_channel")
-    group_size = None
-    if scope == "per_group":
-        group_size = leaf.get("group_size", leaf.get("ext", {}).get("group_size", DEFAULT_GROUP_SIZE))
-    return TensorSpec(leaf.get("dtype", "int8"), scope, leaf.get("symmetric", True), group_size)
-
-
-def _activation(leaf: Mapping[str, Any] | None) -> TensorSpec:
-    if leaf is None or leaf.get("dtype", "int8") == "float" or leaf.get("method", "minmax") == "none":
-        return FLOAT
-    scope = leaf.get("scope", "per_tensor")
-    return TensorSpec("int8", scope, leaf.get("symmetric", scope == "per_token"))

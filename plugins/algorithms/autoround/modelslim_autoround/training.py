@@ -5,77 +5,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from modelslim.api import ExpertLinear, Gram, ProcessRequest, QuantizationError
+from modelslim.api import ProcessRequest, QuantizationError
 from modelslim_autoround.config import Training
 from modelslim_autoround.weight import State, TrainedWeight
 
 _JUDGED = 4  # calls on which iterates are compared, about
 _RANGE_EVERY = 4  # steps from one of the ranges to the next, which cost ten times what offsets cost
-
-
-class Inputs:
-    """What is known of the inputs of linears: second moments, of fused experts the energies alone.
-
-    Attributes:
-        grams: by linear name; linears that read the same tensor share one.
-        energies: float32 [experts, in], by the name of an ``ExpertLinear``.
-    """
-
-    def __init__(self) -> None:
-        self.grams: dict[str, Gram] = {}
-        self.energies: dict[str, Tensor] = {}
-        self._seen: dict[int, tuple[Tensor, Gram]] = {}
-
-    @contextmanager
-    def watching(self, linears: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Take in what flows into these while this is open."""
-        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in linears.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def next_call(self) -> None:
-        """Say that the unit has been computed once; tensors of the call are not seen again."""
-        self._seen.clear()
-
-    def _hook(self, name: str) -> Any:
-        def take(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if isinstance(module, ExpertLinear):
-                self._take_experts(name, module, *args)
-            else:
-                self._take(name, args[0])
-
-        return take
-
-    def _take(self, name: str, x: Tensor) -> None:
-        _, shared = self._seen.get(id(x), (None, None))
-        if name not in self.grams:
-            self.grams[name] = shared if shared is not None else Gram()
-        gram = self.grams[name]
-        if gram is not shared:
-            self._seen[id(x)] = (x, gram)  # kept, so that no other tensor takes its identity
-            gram.update(x.reshape(-1, x.shape[-1]))
-
-    def _take_experts(self, name: str, bank: ExpertLinear, x: Tensor, counts: Sequence[int]) -> None:
-        if name not in self.energies:
-            self.energies[name] = torch.zeros((bank.experts, bank.in_features), device=x.device)
-        for expert, rows in enumerate(torch.split(x, [*counts, len(x) - sum(counts)])[: len(counts)]):
-            self.energies[name][expert] += rows.to(torch.float32).square().sum(0)
-
-
-def choose(calls: Sequence[ProcessRequest], samples: int) -> list[ProcessRequest]:
-    """At most so many calls, spread evenly."""
-    if len(calls) <= samples:
-        return list(calls)
-    return [calls[index * len(calls) // samples] for index in range(samples)]
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -110,13 +50,13 @@ class Descent:
         unit: str,
         weights: Sequence[TrainedWeight],
         calls: Sequence[ProcessRequest],
-        targets: Sequence[Sequence[Tensor]],
+        targets: Sequence[Any],
         training: Training,
     ) -> None:
         self._unit = unit
         self._weights = weights
         self._calls = calls
-        self._targets = targets
+        self._targets = [tensors(target) for target in targets]
         self._training = training
         self._least = math.inf
         self._best: list[State] | None = None

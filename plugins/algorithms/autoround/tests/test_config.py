@@ -75,7 +75,7 @@ def test_strategy_says_what_linears_become(
         (entry(samples=0), ["samples"]),
         (entry(start="best"), ["start"]),
         (entry(enable_round_tuning=1), ["enable_round_tuning"]),
-        (entry({"dtype": "int2"}), ["strategies.0.qconfig.weight.dtype"]),
+        (entry({"dtype": "int1"}), ["strategies.0.qconfig.weight.dtype"]),
         (entry({"group_size": 64}), ["strategies.0.qconfig.weight.group_size"]),
         (entry(act={"dtype": "int4"}), ["strategies.0.qconfig.act.dtype"]),
     ],
@@ -135,5 +135,5 @@ def test_group_size_that_does_not_divide_is_refused() -> None:
     algorithm = AutoRoundQuant.from_config(entry({"scope": "per_group", "group_size": 24}))
     (problem,) = algorithm.check(infos(48 + 16))
     assert problem.message == "group_size 24 does not divide the 64 inputs of a.0.up and 2 others"
-    assert problem.hint == "sizes that do: 16, 32, 64"
+    assert problem.hint == "sizes that do: 32, 64"
     assert not algorithm.check(infos(48))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from modelslim.api import (
     ProcessRequest,
     QuantizationError,
     QuantizedLinear,
-    TensorRange,
+    Statistic,
     Unit,
     UnitStatistics,
 )
@@ -79,17 +80,39 @@ def unit(layer: Layer, algorithm: AutoRoundQuant, number: int = 4) -> tuple[Unit
         if isinstance(module, (nn.Linear, ExpertLinear))
     }
     infos = [LinearInfo(name, name, NAME, 32, 16, False, "float32") for name in linears]
-    specs = algorithm.select(infos)
-    made = Unit(NAME, linears, specs, module=layer, calls=calls(layer, number))
-    seen: dict[str, TensorRange] = {name: TensorRange() for name in linears}
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: seen[name].update(args[0].reshape(-1)))
-        for name, module in linears.items()
-    ]
-    outputs(layer, made.calls)
+    given = calls(layer, number)
+    targets = [layer(*call.args, **call.kwargs) for call in given]
+    made = Unit(NAME, linears, algorithm.select(infos), module=layer, calls=given, targets=targets)
+    return made, measure(algorithm, made)
+
+
+def measure(algorithm: AutoRoundQuant, made: Unit) -> UnitStatistics:
+    """The statistics that the algorithm declares, of the unit's calls."""
+    ports: dict[str, dict[type[Statistic], Statistic]] = {}
+    experts: dict[str, list[dict[type[Statistic], Statistic]]] = {}
+    handles = []
+    for name, kinds in algorithm.needs(made).items():
+        module = made.linears[name]
+        if isinstance(module, ExpertLinear):
+            experts[name] = [{kind: kind() for kind in kinds} for _ in range(module.experts)]
+
+            def see(_: nn.Module, args: Any, name: str = name) -> None:
+                for port, rows in zip(experts[name], args[0].split(args[1]), strict=True):
+                    for statistic in port.values():
+                        statistic.update(rows)
+        else:
+            ports[name] = {kind: kind() for kind in kinds}
+
+            def see(_: nn.Module, args: Any, name: str = name) -> None:
+                for statistic in ports[name].values():
+                    statistic.update(args[0].flatten(0, -2))
+
+        handles.append(module.register_forward_pre_hook(see))
+    for call in made.calls:
+        call.module(*call.args, **call.kwargs)
     for handle in handles:
         handle.remove()
-    return made, UnitStatistics({name: {TensorRange: one} for name, one in seen.items()})
+    return UnitStatistics(ports, experts)
 
 
 def outputs(layer: Layer, requests: Sequence[ProcessRequest]) -> Tensor:
@@ -162,6 +185,37 @@ def test_without_training_it_is_round_to_nearest_and_nothing_is_measured(fields:
         scale = groups.abs().amax(-1) / 7
         assert torch.equal(module.scale, scale)
         assert torch.equal(module.codes, (groups / scale.unsqueeze(-1)).round().flatten(1).to(torch.int8))
+
+
+@pytest.mark.parametrize("start", ["minmax", "mse", "gptq"])
+def test_output_is_drawn_to_the_targets_where_inputs_carry_errors(start: str) -> None:
+    """Inputs that were scaled by earlier units: what makes up for it is nearer to the target than the float unit is."""
+    layer = Layer()
+    algorithm = AutoRoundQuant.from_config(entry({"dtype": "int8"}, iters=200, lr=0.5, minmax_lr=0.01, start=start))
+    given, _ = unit(layer, algorithm)
+    wrong = [replace(call, args=(call.args[0] * 1.02,)) for call in given.calls]
+    given = replace(given, calls=wrong)
+    aimed = torch.cat([target[0].flatten() for target in given.targets])
+
+    def error() -> float:
+        return float((outputs(layer, wrong) - aimed).double().square().sum())
+
+    untouched = error()
+    for name, module in algorithm.apply(given, measure(algorithm, given)).items():
+        layer.set_submodule(name.removeprefix(f"{NAME}."), module)
+    assert error() < 0.8 * untouched
+
+
+def test_as_many_samples_are_wanted_as_are_used() -> None:
+    """Ranges of static activations come from all; what does not train replays nothing."""
+
+    def of(act: Mapping[str, Any] | None, **fields: Any) -> tuple[int | None, bool]:
+        algorithm = AutoRoundQuant.from_config(entry(GROUP, act, **fields))
+        return algorithm.samples, algorithm.replays
+
+    assert of(None, samples=5) == of({"scope": "per_token"}, samples=5) == (5, True)
+    assert of({"scope": "per_tensor"}, samples=5) == (None, True)
+    assert of(None, iters=0)[1] is False
 
 
 def test_same_calls_give_the_same_bytes() -> None:

@@ -17,6 +17,8 @@ SPECS = {
     "int4-group": TensorSpec("int4", "per_group", group_size=8),
     "int4-group-asymmetric": TensorSpec("int4", "per_group", symmetric=False, group_size=8),
     "int8-channel-asymmetric": TensorSpec("int8", "per_channel", symmetric=False),
+    "int3-group": TensorSpec("int3", "per_group", group_size=8),
+    "int2-group": TensorSpec("int2", "per_group", group_size=8),
     "int4-group-bfloat16": TensorSpec("int4", "per_group", group_size=16, scale_dtype="bfloat16"),
 }
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
