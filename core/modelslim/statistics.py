@@ -9,8 +9,8 @@ activations: nothing here waits for the device during the pass.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,13 @@ from modelslim.devices import bfloat16_products
 
 
 class Statistic(ABC):
-    """A running summary of activations ``[tokens, channels]``; order of batches never matters."""
+    """A running summary of activations ``[tokens, channels]``; order of batches never matters.
+
+    Attributes:
+        follows_shift: False for a class whose ``rescaled`` takes a scale and no shift.
+    """
+
+    follows_shift: ClassVar[bool] = True
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
@@ -117,12 +123,6 @@ class ChannelRange(Statistic):
             result.minimum, result.maximum = (_rescale(x, scale, shift) for x in (self.minimum, self.maximum))
         return result
 
-    @property
-    def absmax(self) -> Tensor:
-        """Largest magnitude of every channel, float32 [channels]; some token must have been seen."""
-        assert self.minimum is not None and self.maximum is not None
-        return torch.maximum(-self.minimum, self.maximum).to(torch.float32)
-
     def whole(self) -> TensorRange:
         """The range over all channels."""
         result = TensorRange()
@@ -142,6 +142,8 @@ class ChannelAbsMean(Statistic):
         total: float64 [channels], the sum of magnitudes; None before the first token.
         tokens: how many tokens were seen.
     """
+
+    follows_shift = False
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -174,6 +176,50 @@ class ChannelAbsMean(Statistic):
         return (self.total / self.tokens).to(torch.float32)
 
     def _take(self, total: Tensor, tokens: int) -> None:
+        self.total = total if self.total is None else self.total + total
+        self.tokens += tokens
+
+
+class ChannelEnergy(Statistic):
+    """Sum of squares of every channel: the diagonal of the Gram matrix, at the price of reading the tokens once.
+
+    Attributes:
+        squares: float64 [channels], the sum over tokens; None before the first one.
+        total: float64 [channels], the sum of the tokens.
+        tokens: how many tokens were seen.
+    """
+
+    def __init__(self) -> None:
+        self.squares: Tensor | None = None
+        self.total: Tensor | None = None
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch."""
+        if x.numel():
+            x = x.to(torch.float32)
+            self._take(x.square().sum(0).to(torch.float64), x.sum(0).to(torch.float64), len(x))
+
+    def merge(self, other: Statistic) -> None:
+        """Add what another instance saw."""
+        assert isinstance(other, ChannelEnergy)
+        if other.squares is not None and other.total is not None:
+            self._take(other.squares, other.total, other.tokens)
+
+    def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> ChannelEnergy:
+        """The sums after the rescaling."""
+        result = ChannelEnergy()
+        result.tokens = self.tokens
+        if self.squares is not None and self.total is not None:
+            squares, total = self.squares, self.total
+            if shift is not None:
+                squares = (squares - 2 * shift * total + self.tokens * shift.double().square()).clamp(min=0)
+                total = total - self.tokens * shift
+            result.squares, result.total = squares / scale.double().square(), total / scale
+        return result
+
+    def _take(self, squares: Tensor, total: Tensor, tokens: int) -> None:
+        self.squares = squares if self.squares is None else self.squares + squares
         self.total = total if self.total is None else self.total + total
         self.tokens += tokens
 
@@ -320,6 +366,16 @@ class UnitStatistics:
         """
         return [_of(port, kind) for port in self._experts[linear]]
 
+    def merge(self, other: UnitStatistics) -> None:
+        """Take in what another instance measured of the same needs on other samples (data-parallel reduction)."""
+        for port, taken in _pairs(self._ports, other._ports):
+            for kind, statistic in port.items():
+                statistic.merge(taken[kind])
+        for name, ports in self._experts.items():
+            for port, taken in zip(ports, other._experts[name], strict=True):
+                for kind, statistic in port.items():
+                    statistic.merge(taken[kind])
+
     def shares_port(self, linear: str, other: str) -> bool:
         """True when both linears read the same tensor."""
         return linear in self._ports and self._ports.get(other) is self._ports[linear]
@@ -341,7 +397,7 @@ class UnitStatistics:
                 done[id(port)] = {
                     kind: statistic.rescaled(scale, shift)
                     for kind, statistic in port.items()
-                    if kind.rescaled is not Statistic.rescaled
+                    if kind.rescaled is not Statistic.rescaled and (shift is None or kind.follows_shift)
                 }
             return done[id(port)]
 
@@ -355,9 +411,18 @@ class UnitStatistics:
                 self._experts[linear] = [follow(port, one) for port, one in zip(ports, scales, strict=True)]
 
 
-def follows_rescaling(kind: type[Statistic]) -> bool:
-    """True when the engine can tell a statistic of this kind after a rescaling without a new pass."""
-    return kind.rescaled is not Statistic.rescaled or kind is TensorRange
+def follows_rescaling(kind: type[Statistic], *, shifts: bool = False) -> bool:
+    """True when a statistic of this kind is known behind a rescaling, with a shift or not, without a new pass."""
+    return kind is TensorRange or (kind.rescaled is not Statistic.rescaled and (kind.follows_shift or not shifts))
+
+
+def _pairs(ports: Mapping[str, Port], others: Mapping[str, Port]) -> Iterator[tuple[Port, Port]]:
+    """Each port once, with its counterpart."""
+    done: set[int] = set()
+    for name, port in ports.items():
+        if id(port) not in done:
+            done.add(id(port))
+            yield port, others[name]
 
 
 def _of(port: Port, kind: type[S]) -> S:

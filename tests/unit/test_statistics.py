@@ -12,6 +12,7 @@ from torch import Tensor
 
 from modelslim.statistics import (
     ChannelAbsMean,
+    ChannelEnergy,
     ChannelRange,
     Gram,
     RowSample,
@@ -23,7 +24,15 @@ from modelslim.statistics import (
 )
 
 CHANNELS = 12
-KINDS: tuple[type[Statistic], ...] = (ChannelAbsMean, ChannelRange, Gram, RowSample, TensorRange, TokenCount)
+KINDS: tuple[type[Statistic], ...] = (
+    ChannelAbsMean,
+    ChannelEnergy,
+    ChannelRange,
+    Gram,
+    RowSample,
+    TensorRange,
+    TokenCount,
+)
 S = TypeVar("S", bound=Statistic)
 
 
@@ -98,7 +107,6 @@ def test_ranges_of_channels_are_exact(parts: list[Tensor], how: str) -> None:
     found, x = measure(ChannelRange, parts, how), torch.cat(parts)
     assert torch.equal(present(found.minimum), x.amin(0))
     assert torch.equal(present(found.maximum), x.amax(0))
-    assert torch.equal(found.absmax, x.float().abs().amax(0))
     assert torch.equal(present(found.whole().minimum), x.min())
     assert torch.equal(present(found.whole().maximum), x.max())
 
@@ -118,7 +126,6 @@ def test_ranges_of_channels_follow_a_rescaling(how: str, shift: Tensor | None) -
     found, x = measure(ChannelRange, parts, how).rescaled(SCALE, shift), scaled(parts, shift)
     torch.testing.assert_close(present(found.minimum).double(), x.amin(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(present(found.maximum).double(), x.amax(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.absmax.double(), x.abs().amax(0), rtol=1e-5, atol=1e-5)
 
 
 def test_mean_magnitude_of_channels(parts: list[Tensor], how: str) -> None:
@@ -145,6 +152,23 @@ def test_mean_magnitude_of_many_small_batches_loses_nothing() -> None:
         found.update(torch.full((1 << 16, 1), 256.0))
     found.update(torch.full((1, 1), 1e-3))
     assert float(present(found.total)) == pytest.approx(3 * 2**24 + 1e-3, abs=1e-6)
+
+
+def test_energy_of_channels_is_the_sum_of_squares(parts: list[Tensor], how: str) -> None:
+    found, x = measure(ChannelEnergy, parts, how), torch.cat(parts).double()
+    assert found.tokens == 32
+    torch.testing.assert_close(present(found.squares), x.square().sum(0), rtol=1e-6, atol=0)
+    close(present(found.total), x.sum(0))
+
+
+@pytest.mark.parametrize("shift", [None, SHIFT], ids=["scale", "shift"])
+def test_energy_of_channels_follows_a_rescaling(how: str, shift: Tensor | None) -> None:
+    parts = batches()
+    found, x = measure(ChannelEnergy, parts, how).rescaled(SCALE, shift), scaled(parts, shift)
+    assert found.tokens == 32
+    close(present(found.squares), x.square().sum(0))
+    close(present(found.total), x.sum(0))
+    close(present(found.rescaled(SCALE).squares), (x / SCALE).square().sum(0))
 
 
 def test_gram_matrix_is_the_sum_of_outer_products(parts: list[Tensor], how: str) -> None:
@@ -300,6 +324,7 @@ def test_kinds_that_cannot_follow_a_rescaling_say_so(kind: type[Statistic]) -> N
 def test_engine_knows_which_kinds_follow() -> None:
     assert {kind: follows_rescaling(kind) for kind in (*KINDS, Own)} == {
         ChannelAbsMean: True,
+        ChannelEnergy: True,
         ChannelRange: True,
         Gram: True,
         RowSample: True,
@@ -343,3 +368,25 @@ def test_experts_are_rescaled_together_or_each_by_its_own() -> None:
         for index, (found, parts) in enumerate(zip(statistics.get_experts("experts", Gram), seen, strict=True)):
             x = parts[0].double() / (scale if scale.dim() == 1 else scale[index]).double()
             close(present(found.matrix), x.t() @ x)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_unit_of_two_devices_is_reduced_to_one(shared: bool) -> None:
+    """A port that linears share is reduced once."""
+    parts = batches()
+
+    def seen(some: Sequence[Tensor]) -> UnitStatistics:
+        port = {Gram: observed(Gram, some), TokenCount: observed(TokenCount, some)}
+        other = port if shared else {kind: observed(kind, some) for kind in (Gram, TokenCount)}
+        return UnitStatistics({"q": port, "k": other}, {"experts": [{Gram: observed(Gram, some)}, {Gram: Gram()}]})
+
+    statistics = seen(parts[:2])
+    statistics.merge(seen(parts[2:]))
+    x = torch.cat(parts).double()
+    assert statistics.shares_port("q", "k") is shared
+    for name in ("q", "k"):
+        assert statistics.get(name, TokenCount).tokens == len(x)
+        close(present(statistics.get(name, Gram).matrix), x.t() @ x)
+    reached, unreached = statistics.get_experts("experts", Gram)
+    close(present(reached.matrix), x.t() @ x)
+    assert unreached.matrix is None

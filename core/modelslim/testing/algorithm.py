@@ -21,32 +21,41 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modelslim.algorithm import Algorithm, Unit
 from modelslim.coverage import cover
 from modelslim.errors import QuantizationError
-from modelslim.experts import ExpertLinear
 from modelslim.loader import dtype_name
 from modelslim.patterns import matches
 from modelslim.ports import PortCollector
 from modelslim.protocol.compose import apiversions, compose
 from modelslim.quantized import QuantizedExperts, QuantizedLinear
 from modelslim.registry import Registry
-from modelslim.statistics import UnitStatistics
-from modelslim.types import LinearInfo, ProcessRequest, QuantSpec
+from modelslim.statistics import ChannelEnergy, ChannelRange, Gram, RowSample, UnitStatistics
+from modelslim.testing import fragments
+from modelslim.testing.rounding import round_to_nearest
+from modelslim.testing.units import UNIT, Bench, describe, random_experts, random_layer, random_linears, side_by_side
+from modelslim.types import MICROSCALING, LinearInfo, QuantSpec
 
-UNIT = "model.layers.0"
+TOLERANCE = 1e-4
+"""Relative to the largest value, of what is equal but for rounding in float32."""
 
 
 class AlgorithmContract:
-    """Subclass it and supply ``config``; override ``linears`` where the algorithm needs others.
+    """Subclass it and supply ``config``; override ``linears`` or ``layer`` where the algorithm needs others.
+
+    An algorithm that ``rescales`` is put to work on ``layer``, which has subgraphs, any other on ``linears``.
 
     Attributes:
         edits_weights: True for an algorithm whose ``apply`` changes weights in place.
+        ignored_keys: keys that the fragment takes and the algorithm need not read, as dotted paths.
+        reads_all_statistics: False for an algorithm that asks for statistics which it may not read.
     """
 
     edits_weights: ClassVar[bool] = False
+    ignored_keys: ClassVar[frozenset[str]] = frozenset()
+    reads_all_statistics: ClassVar[bool] = True
 
     @pytest.fixture
     def config(self) -> Mapping[str, Any]:
@@ -63,6 +72,23 @@ class AlgorithmContract:
     def linears(self) -> Mapping[str, nn.Linear]:
         """Linears of one unit by name, weights loaded."""
         return random_linears()
+
+    @pytest.fixture
+    def layer(self) -> Bench:
+        """A unit with subgraphs, for algorithms that rescale."""
+        return random_layer()
+
+    @pytest.fixture
+    def fragment(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The JSON Schema fragment of the entry."""
+        found = Registry.scan().schema("algorithms", config["type"])
+        assert found is not None
+        return found
+
+    @pytest.fixture
+    def promises_output(self, config: Mapping[str, Any]) -> bool:
+        """True for an entry that promises outputs no worse than rounding to nearest, on what calibrated it."""
+        return False
 
     @pytest.fixture(autouse=True)
     def without_gradients(self) -> Iterator[None]:
@@ -92,7 +118,7 @@ class AlgorithmContract:
     ) -> None:
         """``select`` keeps to ``include`` and ``exclude``, where ``patterns`` reports such."""
         algorithm = algorithm_class.from_config(config)
-        infos = {info.name: info for info in _describe(linears)}
+        infos = {info.name: info for info in describe(linears)}
         specs = algorithm.select(list(infos.values()))
         assert specs.keys() <= infos.keys()
         assert all(isinstance(spec, QuantSpec) for spec in specs.values())
@@ -105,7 +131,7 @@ class AlgorithmContract:
         self, config: Mapping[str, Any], algorithm_class: type[Algorithm], linears: Mapping[str, nn.Linear]
     ) -> None:
         """``check`` has no fatal problem with the linears of the contract."""
-        problems = algorithm_class.from_config(config).check(_describe(linears))
+        problems = algorithm_class.from_config(config).check(describe(linears))
         assert [problem.message for problem in problems if problem.fatal] == []
 
     def test_statistics_are_asked_for_linears_of_the_unit(
@@ -113,15 +139,15 @@ class AlgorithmContract:
     ) -> None:
         """``needs`` names linears that can be measured."""
         algorithm = algorithm_class.from_config(config)
-        assert algorithm.needs(_unit(algorithm, linears)).keys() <= linears.keys()
+        assert algorithm.needs(side_by_side(linears).unit(algorithm)).keys() <= linears.keys()
 
     def test_replacements_are_what_the_plan_promised(
         self, config: Mapping[str, Any], algorithm_class: type[Algorithm], linears: Mapping[str, nn.Linear]
     ) -> None:
         """With exactly the statistics that were declared, which raise KeyError for any other."""
-        algorithm = algorithm_class.from_config(config)
-        unit = _unit(algorithm, linears)
-        modules = algorithm.apply(unit, _measure(algorithm, unit))
+        algorithm, bench = algorithm_class.from_config(config), side_by_side(linears)
+        unit = bench.unit(algorithm)
+        modules = algorithm.apply(unit, bench.measure(algorithm.needs(unit)))
         assert modules.keys() == unit.specs.keys()
         for name, module in modules.items():
             assert isinstance(module, QuantizedLinear), name
@@ -133,7 +159,7 @@ class AlgorithmContract:
     ) -> None:
         """An algorithm that takes fused experts answers with all of them; one of them saw no token."""
         algorithm = algorithm_class.from_config(config)
-        name, bank = f"{UNIT}.mlp.experts.down_proj", _random_experts()
+        name, bank = f"{UNIT}.mlp.experts.down_proj", random_experts()
         dtype = dtype_name(bank.weight.dtype)
         infos = [
             LinearInfo(one, one, UNIT, bank.out_features, bank.in_features, False, dtype, name)
@@ -159,23 +185,24 @@ class AlgorithmContract:
         self, config: Mapping[str, Any], algorithm_class: type[Algorithm], linears: Mapping[str, nn.Linear]
     ) -> None:
         """What the plan gave to another entry is neither measured nor replaced."""
-        algorithm = algorithm_class.from_config(config)
-        unit = _unit(algorithm, linears)
+        algorithm, bench = algorithm_class.from_config(config), side_by_side(linears)
+        unit = bench.unit(algorithm)
         for name, spec in unit.specs.items():
             alone = replace(unit, specs={name: spec})
             assert algorithm.needs(alone).keys() <= {name}
-            assert algorithm.apply(alone, _measure(algorithm, alone)).keys() == {name}
+            assert algorithm.apply(alone, bench.measure(algorithm.needs(alone))).keys() == {name}
 
     def test_same_input_gives_the_same_bytes(
-        self, config: Mapping[str, Any], algorithm_class: type[Algorithm], linears: Mapping[str, nn.Linear]
+        self,
+        config: Mapping[str, Any],
+        algorithm_class: type[Algorithm],
+        linears: Mapping[str, nn.Linear],
+        layer: Bench,
     ) -> None:
         """From a fresh instance, and from one that has worked before."""
-        results = []
         algorithm = algorithm_class.from_config(config)
-        for instance in (algorithm, algorithm, algorithm_class.from_config(config)):
-            unit = _unit(instance, deepcopy(linears))
-            modules = instance.apply(unit, _measure(instance, unit))
-            results.append({(name, key): value for name, module in modules.items() for key, value in _state(module)})
+        instances = (algorithm, algorithm, algorithm_class.from_config(config))
+        results = [_work(instance, _bench(instance, linears, layer)) for instance in instances]
         assert results[0] == results[1] == results[2]
 
     def test_weights_are_left_alone(
@@ -184,116 +211,198 @@ class AlgorithmContract:
         """The engine may still need them, to run the unit again."""
         if self.edits_weights:
             pytest.skip("the algorithm edits weights")
-        before = {name: list(_state(linear)) for name, linear in linears.items()}
-        algorithm = algorithm_class.from_config(config)
-        unit = _unit(algorithm, linears)
-        algorithm.apply(unit, _measure(algorithm, unit))
-        assert {name: list(_state(linear)) for name, linear in linears.items()} == before
+        algorithm, bench = algorithm_class.from_config(config), side_by_side(linears)
+        before, unit = dict(_state(bench.module)), bench.unit(algorithm)
+        algorithm.apply(unit, bench.measure(algorithm.needs(unit)))
+        assert dict(_state(bench.module)) == before
 
     def test_linear_that_saw_no_token_is_quantized_or_named(
         self, config: Mapping[str, Any], algorithm_class: type[Algorithm], linears: Mapping[str, nn.Linear]
     ) -> None:
         """An expert to which no token was routed either works without statistics or is named in the error."""
-        algorithm = algorithm_class.from_config(config)
-        for name, spec in _unit(algorithm, linears).specs.items():
-            unit = Unit(UNIT, linears, {name: spec})
+        algorithm, bench = algorithm_class.from_config(config), side_by_side(linears, samples=0)
+        for name, spec in bench.unit(algorithm).specs.items():
+            unit = replace(bench.unit(algorithm), specs={name: spec})
             try:
-                algorithm.apply(unit, _measure(algorithm, unit, batches=0))
+                algorithm.apply(unit, bench.measure(algorithm.needs(unit)))
             except QuantizationError as error:
                 assert name in str(error)
 
+    def test_keys_of_the_entry_are_those_that_are_read(
+        self, config: Mapping[str, Any], algorithm_class: type[Algorithm], fragment: Mapping[str, Any]
+    ) -> None:
+        """What is read can be written, and what is written is read: fragment and parser are of one mind."""
+        entry = fragments.Recorder(config)
+        algorithm_class.expand(entry)
+        algorithm_class.from_config(entry)
+        assert fragments.unknown(fragment, entry.asked) == set(), "read, but the fragment has no such key"
+        ignored = {tuple(key.split(".")) for key in self.ignored_keys}
+        unread = set(fragments.given(fragment, config)) - entry.asked - ignored
+        assert unread == set(), "the fragment takes it, but nothing reads it"
 
-def random_linears() -> Mapping[str, nn.Linear]:
-    """Three linears of a decoder layer in bfloat16, by name; their inputs divide by 128."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"self_attn.q_proj": (256, 128), "self_attn.k_proj": (256, 64), "mlp.down_proj": (384, 256)}
-    linears = {}
-    for name, (columns, rows) in shapes.items():
-        linear = nn.Linear(columns, rows, bias=name.endswith("q_proj"), dtype=torch.bfloat16).requires_grad_(False)
-        for parameter in linear.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        linears[f"{UNIT}.{name}"] = linear
-    return linears
+    def test_defaults_are_those_that_the_fragment_states(
+        self,
+        config: Mapping[str, Any],
+        algorithm_class: type[Algorithm],
+        fragment: Mapping[str, Any],
+        linears: Mapping[str, nn.Linear],
+        layer: Bench,
+    ) -> None:
+        """An entry with a default written out does what it does without, also in objects that it leaves out."""
+        from jsonschema import Draft7Validator
+
+        known = Draft7Validator(fragment)
+        for path, default in fragments.defaults(fragment, config, [fragment]):
+            short, long = fragments.without(config, path), fragments.replaced(config, path, default)
+            if known.is_valid(short) and known.is_valid(long):
+                one, other = (_behaviour(algorithm_class.from_config(each), linears, layer) for each in (short, long))
+                assert one == other, f"{path}: {default!r} differs from leaving it out"
+
+    def test_statistics_that_are_asked_for_are_read(
+        self,
+        config: Mapping[str, Any],
+        algorithm_class: type[Algorithm],
+        linears: Mapping[str, nn.Linear],
+        layer: Bench,
+    ) -> None:
+        """Measuring what nobody reads costs every run."""
+        if not self.reads_all_statistics:
+            pytest.skip("the algorithm asks for statistics that it may not read")
+        algorithm = algorithm_class.from_config(config)
+        bench = _bench(algorithm, linears, layer)
+        unit = bench.unit(algorithm)
+        statistics = bench.measure(algorithm.needs(unit))
+        algorithm.apply(unit, statistics)
+        assert statistics.unread == set()
+
+    def test_statistics_of_halves_give_what_those_of_the_whole_give(
+        self,
+        config: Mapping[str, Any],
+        algorithm_class: type[Algorithm],
+        linears: Mapping[str, nn.Linear],
+        layer: Bench,
+    ) -> None:
+        """As when devices measure a part of the samples each; edited weights may differ by rounding in float32."""
+        algorithm = algorithm_class.from_config(config)
+        if algorithm.replays:
+            pytest.skip("the algorithm runs the unit itself: devices share out units, not samples")
+        benches = [_bench(algorithm, linears, layer) for _ in range(2)]
+        results = []
+        for bench, parts in zip(benches, ((slice(None),), (slice(1), slice(1, None))), strict=True):
+            unit = bench.unit(algorithm)
+            statistics, *others = (bench.measure(algorithm.needs(unit), part) for part in parts)
+            for other in others:
+                statistics.merge(other)
+            modules = algorithm.apply(unit, statistics)
+            results.append({(name, key): one for name, module in modules.items() for key, one in _state(module)})
+        assert results[0] == results[1]
+        for one, other in zip(*(bench.module.parameters() for bench in benches), strict=True):
+            assert _apart(one, other) <= TOLERANCE
+
+    def test_outputs_are_no_worse_than_those_of_rounding_to_nearest(
+        self,
+        config: Mapping[str, Any],
+        algorithm_class: type[Algorithm],
+        linears: Mapping[str, nn.Linear],
+        promises_output: bool,
+    ) -> None:
+        """On the inputs that calibrated it, and with the same activations."""
+        if not promises_output:
+            pytest.skip("the entry promises nothing about outputs")
+        algorithm, bench = algorithm_class.from_config(config), side_by_side(linears)
+        unit = bench.unit(algorithm)
+        modules = algorithm.apply(unit, bench.measure(algorithm.needs(unit)))
+        errors = [0.0, 0.0]
+        for name, module in modules.items():
+            assert isinstance(module, QuantizedLinear)
+            linear = linears[name]
+            x = torch.cat([inputs[name][0] for (inputs,) in bench.calls]).to(torch.float32)
+            bias = None if linear.bias is None else linear.bias.to(torch.float32)
+            y = nn.functional.linear(x, linear.weight.to(torch.float32), bias)
+            for index, one in enumerate((module, _nearest(linear, module))):
+                errors[index] += float((one(x) - y).double().square().sum())
+        assert errors[0] <= 1.01 * errors[1]
+
+    def test_function_stays_and_statistics_follow(
+        self, config: Mapping[str, Any], algorithm_class: type[Algorithm], layer: Bench
+    ) -> None:
+        """A rescaling changes neither outputs nor parameters that ``edits`` does not name; what it says of the
+        inputs afterwards is what measuring them again finds."""
+        algorithm = algorithm_class.from_config(config)
+        if not algorithm.rescales:
+            pytest.skip("the algorithm does not rescale")
+        followed = (ChannelEnergy, ChannelRange, Gram, RowSample)
+        bench = layer.copy()
+        unit = bench.unit(algorithm)
+        edits, needs = algorithm.edits(unit), algorithm.needs(unit)
+        every = {name: frozenset(followed) | needs.get(name, frozenset()) for name in {*bench.linears, *needs}}
+        statistics = bench.measure(every)
+        before, outputs = _parameters(bench.module), bench.run()
+        algorithm.apply(unit, statistics)
+        assert {name for name, one in _parameters(bench.module).items() if one != before.get(name)} <= edits
+        for one, other in zip(bench.run(), outputs, strict=True):
+            assert _apart(one, other) <= TOLERANCE, "the unit computes something else"
+        fresh = bench.measure(every)
+        for name in bench.linears:
+            for one, other in zip(_summary(statistics, name), _summary(fresh, name), strict=True):
+                assert _apart(one, other) <= TOLERANCE, f"{name}: its statistics did not follow"
 
 
-def _random_experts() -> ExpertLinear:
-    """One linear of three experts in bfloat16."""
-    bank = ExpertLinear(3, 64, 128, {"down_proj": slice(None)}, dtype=torch.bfloat16)
-    bank.weight.copy_(torch.randn(bank.weight.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
-    return bank
+def _bench(algorithm: Algorithm, linears: Mapping[str, nn.Linear], layer: Bench) -> Bench:
+    """A unit that suits the algorithm, whose weights may be changed."""
+    return layer.copy() if algorithm.rescales else side_by_side(deepcopy(linears))
 
 
-def _describe(linears: Mapping[str, nn.Linear]) -> list[LinearInfo]:
-    """What the plan tells of the linears, and of one outside the units."""
-    infos = [
-        LinearInfo(
-            name,
-            name,
-            UNIT,
-            linear.out_features,
-            linear.in_features,
-            linear.bias is not None,
-            dtype_name(linear.weight.dtype),
-        )
-        for name, linear in linears.items()
-    ]
-    return [*infos, LinearInfo("lm_head", "lm_head", "", 512, 256, False, "bfloat16")]
+def _work(algorithm: Algorithm, bench: Bench) -> Mapping[Any, Any]:
+    """Digests of what the algorithm answers, and of the unit afterwards."""
+    unit = bench.unit(algorithm)
+    modules = algorithm.apply(unit, bench.measure(algorithm.needs(unit)))
+    made = {(name, key): value for name, module in modules.items() for key, value in _state(module)}
+    return made | {("", key): value for key, value in _state(bench.module)}
 
 
-def _unit(algorithm: Algorithm, linears: Mapping[str, nn.Linear]) -> Unit:
-    """The unit as the engine shows it, for a saver whose engine holds scales in bfloat16."""
-    specs = {
-        name: QuantSpec(
-            replace(spec.weight, scale_dtype="bfloat16"),
-            replace(spec.activation, scale_dtype="bfloat16"),
-        )
-        for name, spec in algorithm.select(_describe(linears)).items()
-        if name in linears
-    }
-    if not algorithm.replays:
-        return Unit(UNIT, linears, specs)
-    module = _SideBySide(linears)
-    generator = torch.Generator().manual_seed(4)
-    inputs = [
-        {
-            name: torch.randn((1, 9, linear.in_features), generator=generator).to(linear.weight.dtype)
-            for name, linear in linears.items()
-        }
-        for _ in range(3)
-    ]
-    calls = [ProcessRequest(UNIT, module, (one,), {}) for one in inputs]
-    return Unit(UNIT, linears, specs, module=module, calls=calls)
+def _behaviour(algorithm: Algorithm, linears: Mapping[str, nn.Linear], layer: Bench) -> Sequence[Any]:
+    """All that tells two configurations apart, of the smallest linear."""
+    infos = describe(layer.linears if algorithm.rescales else linears)
+    specs = dict(algorithm.select(infos))
+    chosen = sorted(specs.keys() & linears.keys(), key=lambda name: linears[name].weight.numel())[:1]
+    few = {name: linears[name] for name in chosen or linears}
+    fallback, problems = algorithm.fallback, list(algorithm.check(infos))
+    refused = any(problem.fatal for problem in problems)
+    return (
+        list(algorithm.patterns()),
+        specs,
+        problems,
+        (algorithm.rescales, algorithm.compensates, algorithm.replays, algorithm.samples),
+        fallback and (fallback.metric, fallback.above, fallback.spec),
+        None if refused else _work(algorithm, _bench(algorithm, few, layer)),
+    )
 
 
-class _SideBySide(nn.Module):
-    """A unit that does nothing but apply its linears, each to an input of its own."""
-
-    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
-        super().__init__()
-        for name, linear in linears.items():
-            *path, last = name.removeprefix(f"{UNIT}.").split(".")
-            parent: nn.Module = self
-            for part in path:
-                if not hasattr(parent, part):
-                    parent.add_module(part, nn.Module())
-                parent = parent.get_submodule(part)
-            parent.add_module(last, linear)
-
-    def forward(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Inputs by the full name of the linear; outputs in their order."""
-        return tuple(self.get_submodule(name.removeprefix(f"{UNIT}."))(x) for name, x in inputs.items())
+def _nearest(linear: nn.Linear, module: QuantizedLinear) -> QuantizedLinear:
+    """The linear rounded to nearest on the whole range, inputs as those of ``module``."""
+    weight = round_to_nearest(linear.weight, module.spec.weight)
+    return QuantizedLinear(weight, module.spec, linear.bias, module.input_scale, module.input_offset)
 
 
-def _measure(algorithm: Algorithm, unit: Unit, batches: int = 3) -> UnitStatistics:
-    """The statistics that the algorithm declares, of random activations."""
-    generator = torch.Generator().manual_seed(1)
-    with PortCollector(unit.linears, algorithm.needs(unit)) as ports:
-        for _ in range(batches):
-            for linear in unit.linears.values():
-                assert isinstance(linear, nn.Linear)
-                linear(torch.randn(1, 7, linear.in_features, generator=generator).to(linear.weight.dtype))
-            ports.next_sample()
-    return ports.statistics()
+def _apart(one: Tensor, other: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    assert one.shape == other.shape
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-30))
+
+
+def _parameters(module: nn.Module) -> dict[str, Any]:
+    """Digests by full name."""
+    return {f"{UNIT}.{name}": digest for name, digest in _state(module)}
+
+
+def _summary(statistics: UnitStatistics, linear: str) -> Iterator[Tensor]:
+    """What is known of an input."""
+    ranges, rows = statistics.get(linear, ChannelRange), statistics.get(linear, RowSample).rows
+    energy, gram = statistics.get(linear, ChannelEnergy), statistics.get(linear, Gram)
+    for one in (ranges.minimum, ranges.maximum, rows, energy.squares, energy.total, gram.matrix, gram.total):
+        assert one is not None
+        yield one
 
 
 def _state(module: nn.Module) -> Iterator[tuple[str, tuple[torch.dtype, torch.Size, str]]]:
@@ -306,17 +415,30 @@ def _state(module: nn.Module) -> Iterator[tuple[str, tuple[torch.dtype, torch.Si
 def _check_linear(module: QuantizedLinear, linear: nn.Linear) -> None:
     """The invariants on which savers rely."""
     weight, spec = module.weight, module.spec
-    groups = linear.in_features // (spec.weight.group_size or linear.in_features)
-    assert (weight.codes.dtype, weight.codes.shape) == (torch.int8, linear.weight.shape)
-    assert spec.weight.qmin <= int(weight.codes.min())
-    assert int(weight.codes.max()) <= spec.weight.qmax
-    _check_scale(weight.scale, (linear.out_features, groups), spec.weight.scale_dtype)
+    groups = -(-linear.in_features // (spec.weight.group_size or linear.in_features))
+    held = torch.float8_e4m3fn if spec.weight.element == "e4m3" else torch.int8
+    assert (weight.codes.dtype, weight.codes.shape) == (held, linear.weight.shape)
+    if spec.weight.is_integer:
+        assert spec.weight.qmin <= int(weight.codes.min())
+        assert int(weight.codes.max()) <= spec.weight.qmax
+    elif spec.weight.element == "e2m1":
+        assert set(weight.codes.abs().flatten().tolist()) <= {0, 1, 2, 3, 4, 6, 8, 12}
+    rows = -(-linear.out_features // spec.weight.group_rows)
+    # Scales of blocks that the dtype defines are numbers of a type of their own.
+    _check_scale(
+        weight.scale, (rows, groups), "float32" if spec.weight.dtype in MICROSCALING else spec.weight.scale_dtype
+    )
+    assert (weight.whole_scale is None) is (spec.weight.dtype != "nvfp4")
     assert (weight.offset is None) is spec.weight.symmetric
     assert weight.offset is None or (weight.offset.dtype, weight.offset.shape) == (torch.int8, weight.scale.shape)
     assert (module.bias is None) is (linear.bias is None)
     if module.input_scale is not None:
         assert module.input_offset is not None
-        _check_scale(module.input_scale, (1,), spec.activation.scale_dtype)
+        _check_scale(
+            module.input_scale,
+            (1,),
+            "float32" if spec.activation.dtype in MICROSCALING else spec.activation.scale_dtype,
+        )
         assert (module.input_offset.dtype, module.input_offset.shape) == (torch.int8, (1,))
         assert not spec.activation.symmetric or not module.input_offset.any()
     x = torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(2)).to(linear.weight.dtype)

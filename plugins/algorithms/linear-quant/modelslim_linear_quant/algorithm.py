@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``linear_quant``: integer weights, float, static or dynamic activations."""
+"""``linear_quant``: integer or small floating weights, float, static or dynamic activations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from modelslim.api import (
     Algorithm,
     ExpertLinear,
     Fallback,
-    Gram,
     LinearInfo,
     Pattern,
     Problem,
@@ -24,6 +23,7 @@ from modelslim.api import (
     TensorRange,
     Unit,
     UnitStatistics,
+    check_group_sizes,
 )
 from modelslim_linear_quant.config import LinearQuantConfig
 from modelslim_linear_quant.histogram import Histogram
@@ -61,36 +61,15 @@ class LinearQuant(Algorithm):
     def check(self, linears: Sequence[LinearInfo]) -> Sequence[Problem]:
         """Refuse group sizes that do not divide the inputs of a selected linear."""
         return [
-            *self._check_groups(linears, self._config, ("qconfig", "weight")),
-            *(self._check_groups(linears, self._config.to, ("fallback", "to")) if self._config.to else ()),
-        ]
-
-    def _check_groups(
-        self, linears: Sequence[LinearInfo], config: LinearQuantConfig, path: tuple[str, ...]
-    ) -> Sequence[Problem]:
-        size = config.spec.weight.group_size
-        if size is None:
-            return ()
-        odd: dict[int, list[str]] = {}
-        for linear in self._config.selector.select(linears):
-            if linear.in_features % size:
-                odd.setdefault(linear.in_features, []).append(linear.name)
-        return [
-            Problem(
-                f"group_size {size} does not divide the {inputs} inputs of {names[0]}"
-                + (f" and {len(names) - 1} others" if len(names) > 1 else ""),
-                hint=f"sizes that do: {', '.join(map(str, _divisors(inputs)))}",
-                path=path,
-            )
-            for inputs, names in odd.items()
+            *_check_groups(linears, self._config, ("qconfig", "weight")),
+            *(_check_groups(linears, self._config.to, ("fallback", "to")) if self._config.to else ()),
         ]
 
     def needs(self, unit: Unit) -> Mapping[str, frozenset[type[Statistic]]]:
         """What the methods of weights and static activations want to know of the inputs."""
         needs: dict[str, set[type[Statistic]]] = {name: set() for name in unit.specs}
         for name, spec in unit.specs.items():
-            if self._config.weight.sees_inputs:
-                needs[name].add(Gram)
+            needs[name] |= self._rounder.needs
             if spec.is_static:
                 needs[name].add(self._static)
         if self._other is not None:
@@ -102,7 +81,7 @@ class LinearQuant(Algorithm):
     def apply(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, nn.Module]:
         """Quantize each linear that the plan gave to this entry."""
         modules: dict[str, nn.Module] = {}
-        for name, weight in self._rounder.quantize(unit, statistics).items():
+        for name, rounded in self._rounder.quantize(unit, statistics).items():
             linear, spec = unit.linears[name], unit.specs[name]
             assert isinstance(linear, (nn.Linear, ExpertLinear))
             bias = None if linear.bias is None else linear.bias.detach().clone()
@@ -113,11 +92,11 @@ class LinearQuant(Algorithm):
                 scale, offset = expert_scales(statistics.get_experts(name, self._static), spec.activation, name)
             elif spec.is_static:
                 scale, offset = linear_scale(statistics.get(name, self._static), spec.activation, name)
-            modules[name] = (QuantizedExperts if fused else QuantizedLinear)(weight, spec, bias, scale, offset)
+            modules[name] = (QuantizedExperts if fused else QuantizedLinear)(
+                rounded.weight, spec, bias, scale, offset, notes=rounded.notes
+            )
         return modules
 
 
-def _divisors(number: int) -> list[int]:
-    """The group sizes worth offering: powers of two from 32, which hardware likes, else all from 16 on."""
-    powers = [size for size in (32, 64, 128, 256, 512) if number % size == 0]
-    return powers or [size for size in range(min(16, number), number + 1) if number % size == 0]
+def _check_groups(linears: Sequence[LinearInfo], config: LinearQuantConfig, path: tuple[str, ...]) -> Sequence[Problem]:
+    return check_group_sizes([(one, config.spec.weight) for one in config.selector.select(linears)], path)

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modelslim.api import FLOAT, QuantSpec, Selector, TensorSpec
-
-DEFAULT_GROUP_SIZE = 128
+from modelslim.api import QuantSpec, Selector, parse_qconfig
 
 
 @dataclass(frozen=True)
@@ -17,12 +15,18 @@ class WeightMethod:
     """How weights are rounded.
 
     Attributes:
-        name: ``minmax``, ``ssz``, ``mse`` or ``gptq``.
+        name: ``minmax``, ``ssz``, ``mse`` or ``gptq``; of floating codes ``minmax``, ``mse``, ``mse_round``,
+            ``fouroversix`` or ``ceil_x``.
         step: of ssz: how often a scale is fitted at most.
-        error: of mse: ``output`` or ``weight``, the error that the range minimizes.
+        error: of ssz and mse: ``output`` or ``weight``, the error that is minimized.
         range: of gptq: ``mse`` or ``minmax``, how the range of a row or group is found.
         percdamp: of gptq: what is added to the diagonal of the Hessian, as a share of its mean.
         block_size: of gptq: columns between two updates of the remaining ones.
+        ceil_x_value: of ceil_x: what the largest value of a block is divided by.
+        enable_search: of ceil_x: whether values from ``search_min`` to ``search_max`` are tried instead.
+        search_min: the least of them.
+        search_max: the largest of them.
+        search_step: from one to the next.
         act_order: of gptq: whether columns with large inputs are rounded first.
     """
 
@@ -33,11 +37,16 @@ class WeightMethod:
     percdamp: float = 0.01
     block_size: int = 128
     act_order: bool = True
+    ceil_x_value: float = 7.25
+    enable_search: bool = False
+    search_min: float = 6
+    search_max: float = 12
+    search_step: float = 0.25
 
     @property
     def sees_inputs(self) -> bool:
-        """True when it wants the Gram matrix of the inputs."""
-        return self.name == "gptq" or (self.name == "mse" and self.error == "output")
+        """True when it wants to know something of the inputs."""
+        return self.name == "gptq" or (self.name in ("ssz", "mse") and self.error == "output")
 
 
 @dataclass(frozen=True)
@@ -69,20 +78,12 @@ class LinearQuantConfig:
         to = fallback.get("to", "float")
         return cls(
             Selector(tuple(entry.get("include", ("*",))), tuple(entry.get("exclude", ()))),
-            QuantSpec(_weight(qconfig["weight"]), _activation(act)),
+            parse_qconfig(qconfig),
             _method(qconfig["weight"]),
             "histogram" if act is not None and act.get("method") == "histogram" else "minmax",
             fallback.get("above"),
             None if to == "float" else cls.parse({"qconfig": to}),
         )
-
-
-def _weight(leaf: Mapping[str, Any]) -> TensorSpec:
-    scope = leaf.get("scope", "per_channel")
-    group_size = None
-    if scope == "per_group":
-        group_size = leaf.get("group_size", leaf.get("ext", {}).get("group_size", DEFAULT_GROUP_SIZE))
-    return TensorSpec(leaf.get("dtype", "int8"), scope, leaf.get("symmetric", True), group_size)
 
 
 def _method(leaf: Mapping[str, Any]) -> WeightMethod:
@@ -96,11 +97,9 @@ def _method(leaf: Mapping[str, Any]) -> WeightMethod:
         ext.get("percdamp", default.percdamp),
         ext.get("block_size", default.block_size),
         ext.get("act_order", default.act_order),
+        ext.get("ceil_x_value", default.ceil_x_value),
+        ext.get("enable_search", default.enable_search),
+        ext.get("search_min", default.search_min),
+        ext.get("search_max", default.search_max),
+        ext.get("search_step", default.search_step),
     )
-
-
-def _activation(leaf: Mapping[str, Any] | None) -> TensorSpec:
-    if leaf is None or leaf.get("dtype", "int8") == "float" or leaf.get("method", "minmax") == "none":
-        return FLOAT
-    scope = leaf.get("scope", "per_tensor")
-    return TensorSpec("int8", scope, leaf.get("symmetric", scope == "per_token"))

@@ -9,7 +9,6 @@ is ``e H e^T = sum_j d_j (e U)_j^2``. So column j rounds ``w_j + sum_{i<j} e_i U
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,8 +22,6 @@ from modelslim_linear_quant.rows import clip_, find_scales
 
 _BATCH = 1 << 27  # values in the Hessians of the experts that are worked on at once
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Factor:
@@ -34,22 +31,23 @@ class Factor:
         energy: [in], the diagonal of the Hessian before damping.
         order: int64 [in], the columns in the order in which they are rounded.
         feedback: [in, in], ``U^T`` in that order: row j holds what errors before j add to column j.
+        percdamp: [], the damping that it took, as a share of the mean of the diagonal.
 
-    Of fused experts all three have the experts in front.
+    Of fused experts all have the experts in front.
     """
 
     energy: Tensor
     order: Tensor
     feedback: Tensor
+    percdamp: Tensor
 
 
-def factorize(gram: Tensor, method: WeightMethod, name: str) -> Factor:
+def factorize(gram: Tensor, method: WeightMethod) -> Factor:
     """Decompose a Hessian.
 
     Args:
         gram: float32 [in, in] or [experts, in, in], finite; ``X^T X``, of which only ratios matter.
         method: damping and order.
-        name: what the log calls it.
     """
     energy = gram.diagonal(dim1=-2, dim2=-1)
     if method.act_order:
@@ -60,27 +58,25 @@ def factorize(gram: Tensor, method: WeightMethod, name: str) -> Factor:
     backwards = order.flip(-1)
     square = backwards.unsqueeze(-1).expand(gram.shape)
     hessian = gram.gather(-2, square).gather(-1, square.mT)
-    root = _damped_cholesky(hessian, energy.mean(-1), method.percdamp, name)
+    root, percdamp = _damped_cholesky(hessian, energy.mean(-1), method.percdamp)
     feedback = root.flip(-2, -1).mT.contiguous()
     feedback /= feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clone()
-    return Factor(energy, order, feedback)
+    return Factor(energy, order, feedback, percdamp)
 
 
-def _damped_cholesky(hessian: Tensor, mean: Tensor, percdamp: float, name: str) -> Tensor:
-    """Lower factor of the Hessian plus a share of its mean diagonal, ten times as much until there is one."""
-    # A port whose inputs are all zero gets the identity: plain rounding.
-    damping = torch.where(mean > 0, percdamp * mean, 1.0)
-    share = percdamp
+def _damped_cholesky(hessian: Tensor, mean: Tensor, percdamp: float) -> tuple[Tensor, Tensor]:
+    """Lower factor of the Hessian plus a share of its mean diagonal, tenfold until there is one; and the share."""
+    share = torch.full_like(mean, percdamp, dtype=torch.float64)
     while True:
         damped = hessian.clone()
+        # A port whose inputs are all zero gets the identity: plain rounding.
+        damping = torch.where(mean > 0, share.to(mean.dtype) * mean, 1.0)
         damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
         root: Tensor
         root, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():
-            return root
-        share *= 10
-        _log.warning("%s: its Hessian is not positive definite; percdamp is %g for it", name, share)
-        damping = torch.where(failed > 0, damping * 10, damping)
+            return root, share
+        share = torch.where(failed > 0, share * 10, share)
 
 
 def quantize(weight: Tensor, factor: Factor, spec: TensorSpec, method: WeightMethod) -> QuantizedTensor:
@@ -149,32 +145,47 @@ def _round_block(
 
 
 def quantize_experts(
-    weight: Tensor, grams: Sequence[Tensor], spec: TensorSpec, method: WeightMethod, name: str
-) -> QuantizedTensor:
+    weight: Tensor, grams: Sequence[Tensor], spec: TensorSpec, method: WeightMethod
+) -> tuple[QuantizedTensor, Tensor]:
     """Quantize the weights of fused experts, as many at once as memory should hold.
 
     Args:
         weight: [experts, out, in].
         grams: one [in, in] for each expert.
-        spec, method, name: as above.
+        spec, method: as above.
+
+    Returns:
+        the weights, and the ``percdamp`` [experts] that their Hessians took.
     """
     step = max(1, _BATCH // weight.shape[-1] ** 2)
-    parts = [
-        quantize(
-            weight[start : start + step],
-            factorize(torch.stack(list(grams[start : start + step])), method, name),
-            spec,
-            method,
-        )
-        for start in range(0, len(weight), step)
-    ]
+    parts, percdamps = [], []
+    for start in range(0, len(weight), step):
+        factor = factorize(torch.stack(list(grams[start : start + step])), method)
+        parts.append(quantize(weight[start : start + step], factor, spec, method))
+        percdamps.append(factor.percdamp)
     offsets = [part.offset for part in parts if part.offset is not None]
-    return QuantizedTensor(
+    whole = QuantizedTensor(
         torch.cat([part.codes for part in parts]),
         torch.cat([part.scale for part in parts]),
         torch.cat(offsets) if offsets else None,
         spec,
     )
+    return whole, torch.cat(percdamps)
+
+
+def notes(percdamp: Tensor, method: WeightMethod) -> tuple[str, ...]:
+    """For the report: what became of the damping where it was not enough.
+
+    Args:
+        percdamp: [] or [experts], what the Hessians took.
+        method: what was wanted.
+    """
+    raised = percdamp > method.percdamp
+    count = int(raised.sum())
+    if not count:
+        return ()
+    whom = f" for {count} of its {len(percdamp)} experts" if percdamp.dim() else ""
+    return (f"percdamp was raised from {method.percdamp:g} to {float(percdamp.max()):g}{whom}, X^T X being singular",)
 
 
 def _full_range(values: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:

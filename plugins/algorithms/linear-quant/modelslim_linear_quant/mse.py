@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from modelslim.api import QuantizedTensor, TensorSpec, range_to_scale
-from modelslim_linear_quant.rows import clip_, find_scales, round_weight
+from modelslim_linear_quant.rows import as_counts, clip_, find_scales, round_weight
 
-RATIOS = tuple(1 - 0.04 * index for index in range(16))
-"""The shares of the full range that are tried."""
+
+def ratios(spec: TensorSpec) -> tuple[float, ...]:
+    """The shares of the full range that are tried: down to 0.4, and for less than 4 bits down to 0.2."""
+    return tuple(1 - 0.04 * index for index in range(16 if spec.bits >= 4 else 21))
 
 
 def quantize(weight: Tensor, spec: TensorSpec, energy: Tensor | None) -> QuantizedTensor:
@@ -32,12 +34,7 @@ def quantize(weight: Tensor, spec: TensorSpec, energy: Tensor | None) -> Quantiz
 
 def best_scales(weight: Tensor, spec: TensorSpec, energy: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Scale and offset [.., out, groups] of the best ranges; arguments as for ``quantize``."""
-    counts = None
-    if energy is not None:
-        size = spec.group_size or weight.shape[-1]
-        # Only ratios of energies matter.
-        ratios = energy / energy.mean(-1, keepdim=True).clamp(min=1e-30)
-        counts = ratios.reshape(*ratios.shape[:-1], 1, -1, size)
+    counts = None if energy is None else as_counts(energy, spec)
     return find_scales(weight, spec, lambda values: search(values, spec, counts))
 
 
@@ -55,7 +52,7 @@ def search(values: Tensor, spec: TensorSpec, counts: Tensor | None) -> tuple[Ten
     low, high = values.amin(-1), values.amax(-1)
     scale, offset = range_to_scale(low, high, spec)
     least = _error(values, scale, offset, spec, counts)
-    for ratio in RATIOS[1:]:
+    for ratio in ratios(spec)[1:]:
         trial, trial_offset = range_to_scale(low * ratio, high * ratio, spec)
         error = _error(values, trial, trial_offset, spec, counts)
         better = error < least

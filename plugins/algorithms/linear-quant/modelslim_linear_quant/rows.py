@@ -40,6 +40,20 @@ def find_scales(weight: Tensor, spec: TensorSpec, find: FindScale) -> tuple[Tens
     return torch.cat(scales, dim=-2), torch.cat(offsets, dim=-2) if offsets else None
 
 
+def as_counts(energy: Tensor, spec: TensorSpec) -> Tensor:
+    """How much the squared error at each input counts.
+
+    Args:
+        energy: float32 [in] or [experts, in], the sum of squares of each input; only ratios matter.
+        spec: the scheme.
+
+    Returns:
+        float32 [..., 1, groups, inputs of a group], to be multiplied with values as ``FindScale`` gets them.
+    """
+    ratios = energy / energy.mean(-1, keepdim=True).clamp(min=1e-30)
+    return ratios.reshape(*ratios.shape[:-1], 1, -1, spec.group_size or ratios.shape[-1])
+
+
 def round_weight(weight: Tensor, scale: Tensor, offset: Tensor | None, spec: TensorSpec) -> QuantizedTensor:
     """Round a weight to nearest with the scales that were found."""
     codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)

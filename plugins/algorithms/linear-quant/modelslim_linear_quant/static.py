@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modelslim.api import QuantizationError, TensorRange, TensorSpec, range_to_scale
+from modelslim.api import QuantizationError, TensorRange, TensorSpec, range_to_scale, whole_scale
 from modelslim_linear_quant.histogram import Histogram, best_range
 
 
@@ -31,7 +31,10 @@ def linear_scale(observed: TensorRange | Histogram, spec: TensorSpec, linear: st
         low, high = observed.minimum.view(1), observed.maximum.view(1)
         if not (torch.isfinite(low) & torch.isfinite(high)).item():
             raise not_finite(linear)
-    scale, offset = range_to_scale(low, high, spec)
+    if spec.dtype == "nvfp4":
+        scale, offset = whole_scale(torch.maximum(-low, high)), None
+    else:
+        scale, offset = range_to_scale(low, high, spec)
     return scale, torch.zeros_like(scale, dtype=torch.int8) if offset is None else offset
 
 
@@ -47,7 +50,7 @@ def no_token(linear: str, unknown: str) -> QuantizationError:
     return QuantizationError(
         f"{linear}: no calibration token reached it, so {unknown} is unknown",
         hint="calibrate on more varied data, exclude it, or choose methods without calibration "
-        "(activations per_token, weights minmax or ssz)",
+        "(activations per_token, weights minmax, or ssz with error: weight)",
     )
 
 

@@ -4,15 +4,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from modelslim.api import ExpertLinear, Gram, QuantizedTensor, Unit, UnitStatistics
-from modelslim_linear_quant import gptq, mse, ssz
+from modelslim.api import ChannelEnergy, ExpertLinear, Gram, QuantizedTensor, Statistic, Unit, UnitStatistics
+from modelslim_linear_quant import floats, gptq, mse, ssz
 from modelslim_linear_quant.config import WeightMethod
 from modelslim_linear_quant.minmax import WeightRounder
 from modelslim_linear_quant.static import no_token, not_finite
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight, and what there is to say about it.
+
+    Attributes:
+        weight: the integer weight.
+        notes: for the report.
+    """
+
+    weight: QuantizedTensor
+    notes: tuple[str, ...] = ()
 
 
 class UnitRounder:
@@ -26,7 +40,14 @@ class UnitRounder:
         self._method = method
         self._minmax = WeightRounder()
 
-    def quantize(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, QuantizedTensor]:
+    @property
+    def needs(self) -> frozenset[type[Statistic]]:
+        """What it wants to know of the inputs of each linear."""
+        if not self._method.sees_inputs:
+            return frozenset()
+        return frozenset({Gram if self._method.name == "gptq" else ChannelEnergy})
+
+    def quantize(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, Rounded]:
         """The weights of all linears that have a spec, by name.
 
         Raises:
@@ -34,12 +55,15 @@ class UnitRounder:
         """
         if self._method.name == "gptq":
             return self._compensate(unit, statistics)
-        return {name: self._round(name, unit, statistics) for name in unit.specs}
+        return {name: Rounded(self._round(name, unit, statistics)) for name in unit.specs}
 
     def _round(self, name: str, unit: Unit, statistics: UnitStatistics) -> QuantizedTensor:
         weight, spec = _weight(unit.linears[name]), unit.specs[name].weight
+        if not spec.is_integer:
+            whole = _largest_of_port(name, unit, statistics) if spec.dtype == "nvfp4" else None
+            return floats.quantize(weight, spec, self._method, self._energy(name, unit, statistics), whole)
         if self._method.name == "ssz":
-            return ssz.quantize(weight, spec, self._method.step)
+            return ssz.quantize(weight, spec, self._method.step, self._energy(name, unit, statistics))
         if self._method.name == "mse":
             return mse.quantize(weight, spec, self._energy(name, unit, statistics))
         return self._minmax.quantize(weight, spec)
@@ -48,28 +72,31 @@ class UnitRounder:
         if not self._method.sees_inputs:
             return None
         if isinstance(unit.linears[name], ExpertLinear):
-            return torch.stack([gram.diagonal() for gram in _expert_grams(name, statistics)])
-        return _gram(statistics.get(name, Gram), name).diagonal()
+            seen = statistics.get_experts(name, ChannelEnergy)
+            return torch.stack([_energy(one, f"{name}, expert {index}") for index, one in enumerate(seen)])
+        return _energy(statistics.get(name, ChannelEnergy), name)
 
-    def _compensate(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, QuantizedTensor]:
+    def _compensate(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, Rounded]:
         """gptq: linears of one port share the decomposition of its Hessian, and the pass over its columns."""
-        done: dict[str, QuantizedTensor] = {}
+        done: dict[str, Rounded] = {}
         ports: dict[int, list[str]] = {}
         for name, spec in unit.specs.items():
             if isinstance(unit.linears[name], ExpertLinear):
                 grams = _expert_grams(name, statistics)
-                weight = _weight(unit.linears[name])
-                done[name] = gptq.quantize_experts(weight, grams, spec.weight, self._method, name)
+                whole, percdamp = gptq.quantize_experts(_weight(unit.linears[name]), grams, spec.weight, self._method)
+                done[name] = Rounded(whole, gptq.notes(percdamp, self._method))
             else:
                 ports.setdefault(id(_gram(statistics.get(name, Gram), name)), []).append(name)
         for names in ports.values():
             gram = _gram(statistics.get(names[0], Gram), names[0])
-            factor = gptq.factorize(gram, self._method, names[0])
+            factor = gptq.factorize(gram, self._method)
+            notes = gptq.notes(factor.percdamp, self._method)
             for scheme in dict.fromkeys(unit.specs[name].weight for name in names):
                 alike = [name for name in names if unit.specs[name].weight == scheme]
                 weights = [_weight(unit.linears[name]).to(torch.float32) for name in alike]
                 whole = gptq.quantize(torch.cat(weights), factor, scheme, self._method)
-                done.update(zip(alike, _split(whole, list(map(len, weights))), strict=True))
+                parts = _split(whole, list(map(len, weights)))
+                done |= {name: Rounded(part, notes) for name, part in zip(alike, parts, strict=True)}
         return {name: done[name] for name in unit.specs}
 
 
@@ -88,9 +115,27 @@ def _weight(linear: nn.Module) -> Tensor:
     return linear.weight
 
 
+def _largest_of_port(name: str, unit: Unit, statistics: UnitStatistics) -> Tensor | None:
+    """The largest magnitude among linears of one input, which an engine fuses and gives one scale of the whole."""
+    if isinstance(unit.linears[name], ExpertLinear):
+        return None
+    names = [one for one in unit.specs if one == name or statistics.shares_port(one, name)]
+    largest = [_weight(unit.linears[one]).abs().amax().to(torch.float32) for one in names]
+    return torch.stack(largest).amax().view(1)
+
+
 def _expert_grams(bank: str, statistics: UnitStatistics) -> list[Tensor]:
     grams = statistics.get_experts(bank, Gram)
     return [_gram(gram, f"{bank}, expert {index}") for index, gram in enumerate(grams)]
+
+
+def _energy(observed: ChannelEnergy, linear: str) -> Tensor:
+    """The energies of an input, float32, which must have been seen and be finite."""
+    if observed.squares is None:
+        raise no_token(linear, "what its errors cost")
+    if not observed.squares.isfinite().all():
+        raise not_finite(linear)
+    return observed.squares.to(torch.float32)
 
 
 def _gram(observed: Gram, linear: str) -> Tensor:

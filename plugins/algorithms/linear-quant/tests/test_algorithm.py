@@ -12,6 +12,7 @@ from torch import nn
 
 from modelslim.api import (
     FLOAT,
+    ChannelEnergy,
     Gram,
     LinearInfo,
     QuantSpec,
@@ -111,12 +112,13 @@ def test_range_is_measured_of_the_inputs_of_static_linears_only(act: Part, measu
     ("weight", "act", "kinds"),
     [
         ({"method": "gptq"}, None, {Gram}),
-        ({"method": "mse"}, {"scope": "per_token"}, {Gram}),
+        ({"method": "mse"}, {"scope": "per_token"}, {ChannelEnergy}),
         ({"method": "mse", "ext": {"error": "weight"}}, None, set()),
-        ({"method": "ssz"}, None, set()),
+        ({"method": "ssz"}, None, {ChannelEnergy}),
+        ({"method": "ssz", "ext": {"error": "weight"}}, None, set()),
         ({"method": "gptq"}, {}, {Gram, TensorRange}),
         ({}, {"method": "histogram"}, {Histogram}),
-        ({"method": "mse"}, {"method": "histogram"}, {Gram, Histogram}),
+        ({"method": "mse"}, {"method": "histogram"}, {ChannelEnergy, Histogram}),
     ],
 )
 def test_methods_measure_what_they_see(weight: Part, act: Part, kinds: set[type[Statistic]]) -> None:

@@ -45,22 +45,22 @@ def spec(weight: Mapping[str, Any] | None = None, act: Mapping[str, Any] | None 
 
 
 INT8 = TensorSpec("int8", "per_channel")
-METHOD_OF = {
-    "step": "ssz",
-    "error": "mse",
-    "percdamp": "gptq",
-    "block_size": "gptq",
-    "act_order": "gptq",
-    "range": "gptq",
+METHODS_OF = {
+    "step": ("ssz",),
+    "error": ("ssz", "mse"),
+    "percdamp": ("gptq",),
+    "block_size": ("gptq",),
+    "act_order": ("gptq",),
+    "range": ("gptq",),
 }
-"""The fields of ``ext`` that belong to one method."""
+"""The fields of ``ext`` that belong to some methods only."""
 
 
 @pytest.mark.parametrize(
     ("weight", "expected"),
     [
         ({}, INT8),
-        ({"dtype": "int4"}, TensorSpec("int4", "per_channel")),
+        *(({"dtype": dtype}, TensorSpec(dtype, "per_channel")) for dtype in ("int4", "int3", "int2")),
         ({"symmetric": False}, TensorSpec("int8", "per_channel", symmetric=False)),
         ({"method": "minmax"}, INT8),
         ({"scope": "per_group"}, TensorSpec("int8", "per_group", group_size=128)),
@@ -120,7 +120,8 @@ def test_weight_method_has_these_fields(weight: Mapping[str, Any], expected: Wei
     ("weight", "sees"),
     [
         ({}, False),
-        ({"method": "ssz"}, False),
+        ({"method": "ssz"}, True),
+        ({"method": "ssz", "ext": {"error": "weight"}}, False),
         ({"method": "mse"}, True),
         ({"method": "mse", "ext": {"error": "weight"}}, False),
         ({"method": "gptq"}, True),
@@ -144,14 +145,14 @@ def test_activation_method(act: Mapping[str, Any] | None, expected: str) -> None
     assert parse(act=act).activation == expected
 
 
-@pytest.mark.parametrize("field", METHOD_OF)
+@pytest.mark.parametrize("field", METHODS_OF)
 def test_field_of_another_method_is_refused_with_the_method_that_has_it(field: str) -> None:
     values = {"error": "weight", "act_order": True, "range": "mse"}
     for method in (None, "minmax", "ssz", "mse", "gptq"):
         weight: dict[str, Any] = {"ext": {field: values.get(field, 1)}}
         if method is not None:
             weight["method"] = method
-        places = [] if method == METHOD_OF[field] else [f"qconfig.weight.ext.{field}"]
+        places = [] if method in METHODS_OF[field] else [f"qconfig.weight.ext.{field}"]
         assert refusals(entry(weight)) == places, method
 
 
@@ -171,7 +172,7 @@ def test_all_linears_are_included_and_none_excluded_by_default() -> None:
         (entry(unknown=1), [""]),
         (entry({"unknown": 1}), ["qconfig.weight"]),
         (entry(act={"unknown": 1}), ["qconfig.act"]),
-        (entry({"dtype": "int2"}), ["qconfig.weight.dtype"]),
+        (entry({"dtype": "int1"}), ["qconfig.weight.dtype"]),
         (entry({"dtype": "float"}), ["qconfig.weight.dtype"]),
         (entry({"scope": "per_token"}), ["qconfig.weight.scope"]),
         (entry({"method": "none"}), ["qconfig.weight.method"]),
@@ -271,8 +272,8 @@ def test_parser_has_the_defaults_that_the_schema_states() -> None:
     for path, default in stated.items():
         _, part, *rest = path.split(".")
         keys = {"scope": "per_group"} if rest[-1] == "group_size" else {}
-        if rest[-1] in METHOD_OF:
-            keys = {"method": METHOD_OF[rest[-1]]}
+        if rest[-1] in METHODS_OF:
+            keys = {"method": METHODS_OF[rest[-1]][0]}
         written = {**keys, **({"ext": {rest[1]: default}} if rest[0] == "ext" else {rest[0]: default})}
         act: dict[str, Any] | None = {} if part == "act" else None
         assert parse(**{"act": act, part: keys}) == parse(**{"act": act, part: written}), path

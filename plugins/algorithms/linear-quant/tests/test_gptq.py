@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 import pytest
@@ -32,7 +31,7 @@ SPECS = {
     f"{dtype}-{scope}-{'symmetric' if symmetric else 'asymmetric'}": TensorSpec(
         dtype, scope, symmetric, 16 if scope == "per_group" else None
     )
-    for dtype in ("int8", "int4")
+    for dtype in ("int8", "int4", "int3", "int2")
     for scope in ("per_channel", "per_group")
     for symmetric in (True, False)
 }
@@ -62,7 +61,7 @@ def gram(columns: int, seed: int = 1) -> Tensor:
 
 
 def quantize(weight: Tensor, hessian: Tensor, spec: TensorSpec, method: WeightMethod = METHOD) -> QuantizedTensor:
-    return gptq.quantize(weight, gptq.factorize(hessian, method, "linear"), spec, method)
+    return gptq.quantize(weight, gptq.factorize(hessian, method), spec, method)
 
 
 def reference(weight: Tensor, hessian: Tensor, result: QuantizedTensor, method: WeightMethod) -> Tensor:
@@ -145,18 +144,39 @@ def test_inputs_that_are_always_zero_are_rounded_to_nearest_and_disturb_nobody(s
     same(nothing, WeightRounder().quantize(weight, spec))
 
 
-def test_damping_grows_until_there_is_a_decomposition_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    row = torch.randn(64, generator=torch.Generator().manual_seed(3)) * 100
-    weight, hessian = random_weight(8, 64), torch.outer(row, row)  # of rank one: one token
-    with caplog.at_level(logging.WARNING):
-        result = quantize(weight, hessian, INT4, replace(METHOD, percdamp=1e-12))
-    assert "linear: its Hessian is not positive definite; percdamp is 1e-11 for it" in caplog.messages
+def one_token() -> Tensor:
+    """A Hessian of rank one."""
+    row = torch.randn(48, generator=torch.Generator().manual_seed(3)) * 100
+    return torch.outer(row, row)
+
+
+def test_damping_grows_until_there_is_a_decomposition_and_says_so() -> None:
+    method, weight, hessian = replace(METHOD, percdamp=1e-12), random_weight(8, 48), one_token()
+    factor = gptq.factorize(hessian, method)
+    assert 1e-11 <= float(factor.percdamp) <= 1e-4  # float32 cannot tell 1e-8 of the diagonal from nothing
+    (note,) = gptq.notes(factor.percdamp, method)
+    assert note.startswith("percdamp was raised from 1e-12 to 1e-")
+    result = gptq.quantize(weight, factor, INT4, method)
     assert result.scale.isfinite().all()
     assert loss(weight, result, hessian) < loss(weight, WeightRounder().quantize(weight, INT4), hessian)
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        quantize(weight, gram(64), INT4)
-    assert caplog.messages == []
+    assert gptq.notes(gptq.factorize(gram(48), METHOD).percdamp, METHOD) == ()
+
+
+def test_raised_damping_is_told_of_the_linear_and_of_the_experts() -> None:
+    x = torch.randn(1, 48, generator=torch.Generator().manual_seed(3)) * 100
+    chosen = algorithm(percdamp=1e-12)
+    linears = {"q": linear(8, 0), "k": linear(8, 1), "o": linear(8, 2)}
+    port = {Gram: observed(x)}
+    statistics = UnitStatistics({"q": port, "k": port, "o": {Gram: observed(inputs(48))}})
+    modules = chosen.apply(Unit("unit", linears, dict.fromkeys(linears, QuantSpec(INT4_GROUPS, FLOAT))), statistics)
+    assert modules["q"].notes == modules["k"].notes != ()
+    assert modules["o"].notes == ()
+    bank = ExpertLinear(3, 8, 48, {"down_proj": slice(None)})
+    bank.weight.copy_(random_weight(3, 8, 48))
+    experts = [{Gram: observed(one)} for one in (inputs(48), x, inputs(48, seed=2))]
+    unit = Unit("unit", {"unit.down": bank}, {"unit.down": QuantSpec(INT4_GROUPS, FLOAT)})
+    (note,) = chosen.apply(unit, UnitStatistics({}, {"unit.down": experts}))["unit.down"].notes
+    assert "for 1 of its 3 experts" in note
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -166,7 +186,8 @@ def test_batched_experts_get_what_each_gets_alone(
     weight, grams = random_weight(5, 20, 48), [gram(48, seed) for seed in range(5)]
     method = replace(METHOD, act_order=act_order, block_size=20)
     monkeypatch.setattr(gptq, "_BATCH", 2 * 48 * 48)  # two experts at once, then two, then one
-    whole = gptq.quantize_experts(weight, grams, spec, method, "experts")
+    whole, percdamp = gptq.quantize_experts(weight, grams, spec, method)
+    assert percdamp.tolist() == [method.percdamp] * 5
     for expert in range(5):
         alone = quantize(weight[expert], grams[expert], spec, method)
         offset = None if whole.offset is None else whole.offset[expert]
@@ -205,16 +226,16 @@ def test_linears_of_one_port_share_one_decomposition(rescaled: bool, monkeypatch
     if rescaled:
         statistics.rescale(["q", "k", "v"], torch.linspace(0.5, 2, 48))
     specs = dict.fromkeys(linears, QuantSpec(INT4_GROUPS, FLOAT))
-    seen: list[str] = []
+    seen: list[Tensor] = []
     original = gptq.factorize
 
-    def factorize(hessian: Tensor, method: WeightMethod, name: str) -> gptq.Factor:
-        seen.append(name)
-        return original(hessian, method, name)
+    def factorize(hessian: Tensor, method: WeightMethod) -> gptq.Factor:
+        seen.append(hessian)
+        return original(hessian, method)
 
     monkeypatch.setattr(gptq, "factorize", factorize)
     modules = algorithm().apply(Unit("unit", linears, specs), statistics)
-    assert seen == ["q", "o"]
+    assert [id(one) for one in seen] == [id(statistics.get(name, Gram).matrix) for name in ("q", "o")]
     assert list(modules) == ["q", "o", "k", "v"]
     for name, module in modules.items():
         matrix = statistics.get(name, Gram).matrix

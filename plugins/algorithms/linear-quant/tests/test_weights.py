@@ -18,7 +18,7 @@ SPECS = {
     f"{dtype}-{scope}-{'symmetric' if symmetric else 'asymmetric'}": TensorSpec(
         dtype, scope, symmetric, 16 if scope == "per_group" else None
     )
-    for dtype in ("int8", "int4")
+    for dtype in ("int8", "int4", "int3", "int2")
     for scope in ("per_channel", "per_group")
     for symmetric in (True, False)
 }
@@ -105,7 +105,7 @@ def test_dequantized_weight_is_the_codes_times_the_scale(scale_dtype: str, spec:
     torch.testing.assert_close(result.dequantize().double().view(-1), torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int3", "int2"])
 @pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16", "float16"])
 def test_largest_value_of_a_symmetric_row_gets_the_largest_code(scale_dtype: str, dtype: str) -> None:
     """However the scale is rounded: one code more would wrap around to the smallest."""
