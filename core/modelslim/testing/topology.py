@@ -50,10 +50,13 @@ def _check_form(model: nn.Module, units: Sequence[str], subgraph: Subgraph) -> N
     names = [*([subgraph.source] if subgraph.source else []), *subgraph.targets]
     assert subgraph.targets and len(set(names)) == len(names), subgraph
     assert any(all(name.startswith(f"{unit}.") for name in names) for unit in units), f"{subgraph}: not in one unit"
-    if not subgraph.source:
-        return
-    count, channels = _channels(model, subgraph), _weight(model, subgraph.targets[0]).shape[-1]
+    channels = _weight(model, subgraph.targets[0]).shape[-1]
     assert all(_weight(model, target).shape[-1] == channels for target in subgraph.targets), subgraph
+    assert bool(subgraph.source) == (subgraph.type != "non-fusion"), subgraph
+    if not subgraph.source:
+        assert (subgraph.heads, subgraph.rows, subgraph.unit_offset) == (None, None, False), subgraph
+        return
+    count = _channels(model, subgraph)
     if subgraph.type != "ov":
         assert (subgraph.heads, count) == (None, channels), subgraph
         return

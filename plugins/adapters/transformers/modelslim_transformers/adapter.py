@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 
 from modelslim.api import (
+    AttentionCache,
+    CapabilityError,
     DatasetError,
     ModelError,
     ProcessRequest,
@@ -25,6 +28,7 @@ from modelslim.api import (
 )
 from modelslim_transformers.experts import fuse_experts
 from modelslim_transformers.inputs import first_line, media, process, require_modalities, to_device, tokenize
+from modelslim_transformers.kv_caches import candidates, kind_of, proven_kinds
 from modelslim_transformers.placement import state_device
 from modelslim_transformers.processor import load_processor
 from modelslim_transformers.sources import weight_sources
@@ -243,18 +247,37 @@ class TransformersAdapter:
     @hookimpl
     def get_adapter_config_for_subgraph(self, model: nn.Module) -> Topology:
         """What is proven to be harmless on a tiny model of the architecture, carried over to this one."""
-        with TemporaryDirectory() as directory, reproducible():
-            path = Path(directory)
-            try:
-                inputs = self.make_tiny_checkpoint(model, path)
-                twin = type(self)(self.model_type, path, self.trust_remote_code)
-                tiny = twin.build().float().eval()
-                fuse_experts(tiny)
+        try:
+            with self._twin(model) as (twin, tiny, inputs):
                 units = [request.name for request in twin.generate_model_visit(tiny)]
                 towers = [name for name, _ in twin.towers(tiny)]
                 return derive(self._blocks(model), twin._blocks(tiny), TinyModel(tiny, units, towers, inputs))
-            except Exception as error:  # whatever a model's code raises; nothing is proven then
-                return Topology(left_out={"*": f"nothing can be proven on a tiny model: {first_line(error)}"})
+        except Exception as error:  # whatever a model's code raises; nothing is proven then
+            return Topology(left_out={"*": f"nothing can be proven on a tiny model: {first_line(error)}"})
+
+    @hookimpl
+    def get_kv_caches(self, model: nn.Module) -> Sequence[AttentionCache]:
+        """The attentions whose kind shows keys and values to a cache in a tiny model of the architecture."""
+        try:
+            with self._twin(model) as (_, tiny, inputs):
+                kinds = proven_kinds(tiny, inputs)
+        except Exception as error:  # whatever a model's code raises
+            raise CapabilityError(
+                f"nothing can be proven of the caches of this model: {first_line(error)}",
+                hint="leave out what quantizes caches",
+            ) from error
+        return [one for one in candidates(model) if kind_of(model.get_submodule(one.attention)) in kinds]
+
+    @contextmanager
+    def _twin(self, model: nn.Module) -> Iterator[tuple[TransformersAdapter, Any, list[dict[str, Any]]]]:
+        """A tiny model of the architecture in float32, its adapter, and inputs."""
+        with TemporaryDirectory() as directory, reproducible():
+            path = Path(directory)
+            inputs = self.make_tiny_checkpoint(model, path)
+            twin = type(self)(self.model_type, path, self.trust_remote_code)
+            tiny = twin.build().float().eval()
+            fuse_experts(tiny)
+            yield twin, tiny, inputs
 
     def _blocks(self, model: nn.Module) -> list[Block]:
         return list(blocks(self.language_layers(model), list(self.towers(model))))

@@ -20,7 +20,17 @@ HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 
-FIXED_SECTIONS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "qwen3_omni_moe_text")
+STATE_HEADS = ("mamba_n_heads", "n_mamba_heads", "mamba_num_heads")
+STATE_HEAD_SIZES = ("mamba_d_head", "mamba_headdim", "mamba_head_dim")
+
+FIXED_SECTIONS = (
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen2_5_omni_text",
+    "qwen3_omni_moe_text",
+    "glm4v_text",
+    "glm4v_moe_text",
+)
 """Language models that mix the rotations of time, height and width even where config.json does not say how."""
 
 TOWER_HIDDEN = ("embed_dim", "hidden_size", "d_model")
@@ -30,7 +40,7 @@ TOWER_AT_MOST: Mapping[str, int] = {"intermediate_size": 24, "encoder_ffn_dim": 
 
 AT_MOST: Mapping[str, int] = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner"), 48),
-    **dict.fromkeys(("moe_intermediate_size", "expert_intermediate_size"), 24),
+    **dict.fromkeys(("moe_intermediate_size", "expert_intermediate_size", "expert_ffn_hidden_size"), 24),
     **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size", "intermediate_size_mlp"), 40),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
@@ -38,7 +48,10 @@ AT_MOST: Mapping[str, int] = {
     **dict.fromkeys(("topk_group",), 1),
     **dict.fromkeys(("kv_lora_rank",), 16),
     **dict.fromkeys(("q_lora_rank",), 24),
+    **dict.fromkeys(("zero_expert_num", "mamba_n_groups", "mamba_ngroups", "n_groups"), 2),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "state_size"), 8),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_chunk_size", "chunk_size"), 8),
+    **dict.fromkeys(("adapter_rank",), 12),
     **dict.fromkeys(("linear_num_key_heads",), 2),
     **dict.fromkeys(("linear_num_value_heads",), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
@@ -97,12 +110,37 @@ def shrink_text(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
     if small.get("expand") is not None and small.get("state_size") is not None:
         small["intermediate_size"] = int(small["expand"] * width)
         small["time_step_rank"] = ceil(width / 16)
+    if small.get("qk_head_dim") is not None:
+        small["qk_head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+    _shrink_state_heads(small, width)
+    _widen_attention(small, values)
     count = _first(values, LAYERS)
     _put(small, LAYERS, layers)
-    small.update({key: value[:layers] for key, value in listed_by_layer(values, count).items()})
+    small.update({key: small[key][:layers] for key in listed_by_layer(values, count)})
     if isinstance(values.get("per_layer_config"), Mapping):
         small["per_layer_config"] = _shrink_deviations(values["per_layer_config"], layers)
     return {key: value for key, value in small.items() if key in values}
+
+
+def _shrink_state_heads(small: dict[str, Any], width: int) -> None:
+    """Heads of a state space beside an attention: together they are as wide as what it expands to."""
+    expand = _first(small, ("mamba_expand", "expand"))
+    alone = small.get("num_attention_heads") is None  # then its heads are called as those of an attention
+    counts, sizes = (("num_heads",), ("head_dim",)) if alone else (STATE_HEADS, STATE_HEAD_SIZES)
+    heads = _first(small, counts)
+    if expand is None or heads is None or _first(small, sizes) is None:
+        return
+    inner = int(expand * width)
+    _put(small, counts, min(heads, 4))
+    _put(small, sizes, inner // min(heads, 4))
+    _put(small, ("mamba_d_ssm",), inner)
+
+
+def _widen_attention(small: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """An attention that reads the hidden state and the embedding side by side."""
+    if small.get("attention_hidden_size") is not None:
+        small["attention_hidden_size"] = values["attention_hidden_size"] // values["hidden_size"] * small["hidden_size"]
+        small["attention_head_dim"] = small["attention_hidden_size"] // small["num_attention_heads"]
 
 
 def _shrink_deviations(deviations: Mapping[str, Mapping[str, Any]], layers: int) -> dict[str, Any]:

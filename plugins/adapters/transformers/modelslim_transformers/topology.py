@@ -15,12 +15,13 @@ from modelslim.api import ExpertLinear, Subgraph, Topology
 from modelslim_transformers.structure import outermost_lists
 from modelslim_transformers.tiny import structure
 from modelslim_transformers.topology_layouts import head_size, layouts, spread
-from modelslim_transformers.topology_proof import Reaction, TinyModel, draw_scale
+from modelslim_transformers.topology_proof import Fold, Reaction, TinyModel, draw_scale
 
 NO_TWIN = "the tiny model, on which subgraphs are proven, has no layer like it"
 NO_CALL = "the tiny model, on which subgraphs are proven, never calls it"
 NO_SOURCE = "no norm and no linear of its layer makes its input"
 NO_LINEAR = "it holds no linear"
+SHARED = "its weight, or that of its source, is used in other layers as well"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A subgraph by names relative to its block, with the layout of the source instead of rows."""
+    """A subgraph by names relative to its block, with the layout of the source, if there is one, instead of rows."""
 
     type: str
     source: str
@@ -60,6 +61,9 @@ class Pattern:
 
     def apply(self, block: Block) -> Subgraph:
         """The subgraph of a block."""
+        targets = tuple(f"{block.name}.{name}" for name in self.targets)
+        if not self.source:
+            return Subgraph(self.type, "", targets)
         source, target = (block.module.get_submodule(name) for name in (self.source, self.targets[0]))
         rows, heads = None, None
         if self.type != "norm-linear":
@@ -68,7 +72,6 @@ class Pattern:
             if self.type == "ov" and (size := head_size(parent)):
                 count = _width(source, -2) if rows is None else len(rows)
                 heads = (_width(target, -1) // size, count // size)
-        targets = tuple(f"{block.name}.{name}" for name in self.targets)
         return Subgraph(self.type, f"{block.name}.{self.source}", targets, heads, rows, self.unit_offset)
 
 
@@ -92,25 +95,68 @@ def derive(real: Sequence[Block], tiny: Sequence[Block], model: TinyModel) -> To
     """
     patterns: dict[Any, list[Pattern]] = {}
     reasons: dict[Any, dict[str, str]] = {}
+    alike: list[Block] = []
     for block in tiny:
-        known = patterns.get(block.kind)
-        found, why = _Search(block, model).run(known)
-        # Blocks that look alike may be used differently; what holds for all of them is taken.
-        patterns[block.kind] = found if known is None else [pattern for pattern in known if pattern in found]
-        reasons[block.kind] = {**why, **reasons.get(block.kind, {})}
+        if block.kind in patterns:
+            alike.append(block)
+        else:
+            patterns[block.kind], reasons[block.kind] = _Search(block, model).run()
+    # Blocks that look alike may be used differently; what holds for all of them is taken.
+    folds = [_Search(block, model).fold(pattern) for block in alike for pattern in patterns[block.kind]]
+    if not model.are_folds_exact(folds):
+        for block in alike:
+            known = patterns[block.kind]
+            found, why = _Search(block, model).run(known)
+            patterns[block.kind] = [pattern for pattern in known if pattern in found]
+            reasons[block.kind] = {**why, **reasons[block.kind]}
+    for kind, block in {block.kind: block for block in tiny}.items():
+        patterns[kind] += _alone(block, patterns[kind], model)
     subgraphs: list[Subgraph] = []
     left_out: dict[tuple[str, str], list[tuple[Block, str]]] = defaultdict(list)
     holders: dict[tuple[str, str], int] = defaultdict(int)
+    shared = _shared(real)
     for block in real:
         for name in ("", *_linears(block.module)):
             holders[block.group, name] += 1
         if block.kind not in patterns:
             left_out[block.group, ""].append((block, NO_TWIN))
             continue
-        subgraphs += [pattern.apply(block) for pattern in patterns[block.kind]]
-        for name, why_not in reasons[block.kind].items():
+        covered: set[str] = set()
+        for pattern in patterns[block.kind]:
+            modules = [block.module.get_submodule(name) for name in (pattern.source, *pattern.targets) if name]
+            if shared.isdisjoint(id(parameter) for module in modules for parameter in module.parameters()):
+                subgraphs.append(pattern.apply(block))
+                covered.update(pattern.targets if pattern.source else ())
+        lost = {name: SHARED for name in _linears(block.module) if name not in covered}
+        for name, why_not in {**lost, **reasons[block.kind]}.items():
             left_out[block.group, name].append((block, why_not))
     return Topology(tuple(subgraphs), dict(_summary(left_out, holders)))
+
+
+def _shared(blocks: Sequence[Block]) -> set[int]:
+    """Identities of the parameters that several blocks hold: what one of them folds, the others would read."""
+    holders: dict[int, set[str]] = defaultdict(set)
+    for block in blocks:
+        for parameter in block.module.parameters():
+            holders[id(parameter)].add(block.name)
+    return {parameter for parameter, names in holders.items() if len(names) > 1}
+
+
+def _alone(block: Block, patterns: Sequence[Pattern], model: TinyModel) -> Iterator[Pattern]:
+    """Linears that are no target, those of one input together: what they read can only be divided at run time."""
+    covered = {target for pattern in patterns for target in pattern.targets}
+    groups: list[list[str]] = []
+    for name in _linears(block.module):
+        if name in covered or not model.given[f"{block.name}.{name}"]:
+            continue
+        fused = isinstance(block.module.get_submodule(name), ExpertLinear)
+        same = (group for group in groups if model.read_the_same(f"{block.name}.{name}", f"{block.name}.{group[0]}"))
+        group = None if fused else next(same, None)
+        if group is None:
+            groups.append([name])
+        else:
+            group.append(name)
+    return (Pattern("non-fusion", "", tuple(group)) for group in groups)
 
 
 def _summary(
@@ -159,11 +205,23 @@ class _Search:
         reasons = {name: self._reason(name) for name in linears if name not in covered}
         return list(found.values()), reasons or ({} if linears else {"": NO_LINEAR})
 
+    def fold(self, pattern: Pattern) -> Fold:
+        """A random scale in the weights of a subgraph of this block."""
+        source = self._block.module.get_submodule(pattern.source)
+        if pattern.type == "norm-linear":
+            return self._draw_fold(pattern.source, pattern.targets, _width(source, 0), None, None, pattern.unit_offset)
+        parent = _parent(self._block.module, pattern.source)
+        numbers = dict(layouts(source, parent))[pattern.layout]
+        rows = None if numbers is None else torch.tensor(numbers)
+        count = _width(source, -2) if rows is None else len(rows)
+        return self._draw_fold(pattern.source, pattern.targets, count, rows, head_size(parent), pattern.unit_offset)
+
     def _try_norm(self, name: str, module: Any) -> Pattern | None:
         channels = len(module.weight)
         targets = self._prove(name, channels, None, None)
         for unit_offset in (False, True):
-            if targets and self._is_exact(name, targets, channels, None, None, unit_offset):
+            fold = self._draw_fold(name, targets, channels, None, None, unit_offset)
+            if targets and self._model.are_folds_exact([fold]):
                 return Pattern("norm-linear", name, targets, unit_offset=unit_offset)
         return None
 
@@ -174,7 +232,7 @@ class _Search:
             rows = None if numbers is None else torch.tensor(numbers)
             channels = _width(module, -2) if rows is None else len(rows)
             targets = self._prove(name, channels, rows, size)
-            if targets and self._is_exact(name, targets, channels, rows, size, False):
+            if targets and self._model.are_folds_exact([self._draw_fold(name, targets, channels, rows, size, False)]):
                 inside = name.rpartition(".")[0] == targets[0].rpartition(".")[0]
                 kind = "ov" if size else "up-down" if inside else "linear-linear"
                 return Pattern(kind, name, targets, layout)
@@ -190,7 +248,7 @@ class _Search:
             return ()
         return tuple(reader.removeprefix(prefix) for reader in reaction.readers)
 
-    def _is_exact(
+    def _draw_fold(
         self,
         name: str,
         targets: Sequence[str],
@@ -198,7 +256,7 @@ class _Search:
         rows: torch.Tensor | None,
         size: int | None,
         unit_offset: bool,
-    ) -> bool:
+    ) -> Fold:
         scale = draw_scale(channels)
         factors = {}
         for target in targets:
@@ -206,7 +264,7 @@ class _Search:
             factor = spread(scale, _width(reader, -1), size)
             assert factor is not None  # it was one when the reader was found
             factors[self._full(target)] = factor
-        return self._model.is_fold_exact(self._full(name), factors, scale, rows, unit_offset)
+        return Fold(self._full(name), factors, scale, rows, unit_offset)
 
     def _full(self, name: str) -> str:
         return f"{self._block.name}.{name}"

@@ -44,6 +44,25 @@ class Reaction:
     is_unchanged: bool = False
 
 
+@dataclass(frozen=True)
+class Fold:
+    """A scale in the weights of a subgraph.
+
+    Attributes:
+        source: name of the module whose weight and bias are divided.
+        targets: by the name of each reader, the scale of its inputs.
+        scale: [channels].
+        rows: channels of its output that are divided; None for all.
+        unit_offset: True to divide (1 + weight).
+    """
+
+    source: str
+    targets: Mapping[str, Tensor]
+    scale: Tensor
+    rows: Tensor | None
+    unit_offset: bool
+
+
 class TinyModel:
     """A tiny model with what its modules were given and its units gave in plain calls.
 
@@ -124,45 +143,43 @@ class TinyModel:
         handle = self.model.get_submodule(source).register_forward_hook(divide)
         with self._watch(restore), _removed([handle]):
             try:
-                reaction.is_unchanged = self._keeps_function(source)
+                reaction.is_unchanged = self._keeps_function(self._tower(source))
             except _ChangedError:  # all that follows would only be later
                 reaction.is_unchanged = False
         return reaction
 
-    def is_fold_exact(
-        self, source: str, targets: Mapping[str, Tensor], scale: Tensor, rows: Tensor | None, unit_offset: bool
-    ) -> bool:
-        """True when all outputs stay the same to the bit with the scale in the weights; these are put back.
+    def read_the_same(self, name: str, other: str) -> bool:
+        """True for two modules that got the same inputs in all calls."""
+        one, two = self.given[name], self.given[other]
+        return len(one) == len(two) and all(map(torch.equal, one, two))
 
-        Args:
-            source: name of the module whose weight and bias are divided.
-            targets: by the name of each reader, the scale of its inputs.
-            scale, rows: as for ``react``.
-            unit_offset: True to divide (1 + weight).
-        """
-        changes: list[tuple[Tensor, Tensor]] = []
-        origin = self.model.get_submodule(source)
-        for name in ("weight", "bias"):
-            tensor = getattr(origin, name, None)
-            if tensor is None:
-                continue
-            new, offset = tensor.detach().clone(), float(unit_offset and name == "weight")
-            axis = -2 if name == "weight" and tensor.dim() > 1 else -1
-            index = torch.arange(tensor.shape[axis]) if rows is None else rows
-            part = new.index_select(axis, index)
-            divisor = scale if axis == -1 else scale[:, None]
-            new.index_copy_(axis % tensor.dim(), index, (part + offset) / divisor - offset)
-            changes.append((tensor, new))
-        for target, factor in targets.items():
-            weight: Any = self.model.get_submodule(target).weight
-            changes.append((weight, weight * factor))
-        kept = [tensor.detach().clone() for tensor, _ in changes]
-        for tensor, new in changes:
-            tensor.data.copy_(new)
-        is_same = self._keeps_function(source)
-        for (tensor, _), old in zip(changes, kept, strict=True):
+    def are_folds_exact(self, folds: Sequence[Fold]) -> bool:
+        """True when all outputs stay the same to the bit with all these scales in the weights; these are put back."""
+        modules = {name for fold in folds for name in (fold.source, *fold.targets)}
+        tensors = [one for name in modules for one in self.model.get_submodule(name).parameters(recurse=False)]
+        kept = [tensor.detach().clone() for tensor in tensors]
+        for fold in folds:
+            self._fold(fold)
+        is_same = all(self._keeps_function(tower) for tower in {self._tower(fold.source) for fold in folds})
+        for tensor, old in zip(tensors, kept, strict=True):
             tensor.data.copy_(old)
         return is_same
+
+    def _fold(self, fold: Fold) -> None:
+        origin = self.model.get_submodule(fold.source)
+        for name in ("weight", "bias"):
+            if getattr(origin, name, None) is None:
+                continue
+            tensor: Tensor = getattr(origin, name).data
+            offset = float(fold.unit_offset and name == "weight")
+            axis = -2 if name == "weight" and tensor.dim() > 1 else -1
+            index = torch.arange(tensor.shape[axis]) if fold.rows is None else fold.rows
+            part = tensor.index_select(axis, index)
+            divisor = fold.scale if axis == -1 else fold.scale[:, None]
+            tensor.index_copy_(axis % tensor.dim(), index, (part + offset) / divisor - offset)
+        for target, factor in fold.targets.items():
+            weight: Any = self.model.get_submodule(target).weight
+            weight.data.mul_(factor)
 
     def _record(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
         x = _first(args, kwargs)
@@ -177,9 +194,12 @@ class TinyModel:
         with _removed(handles):
             yield
 
-    def _keeps_function(self, source: str) -> bool:
-        """True when all outputs that a module may have an effect on are the old ones to the bit."""
-        tower = next((tower for tower in self._towers if source.startswith(f"{tower}.")), "")
+    def _tower(self, source: str) -> str:
+        """The tower that holds a module; empty for the language model."""
+        return next((tower for tower in self._towers if source.startswith(f"{tower}.")), "")
+
+    def _keeps_function(self, tower: str) -> bool:
+        """True when all outputs that a module in a tower may have an effect on are the old ones to the bit."""
         outputs, before = self._run(tower), self._outputs[tower]
         return len(outputs) == len(before) and all(map(torch.equal, outputs, before))
 

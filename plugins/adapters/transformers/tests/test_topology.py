@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from modelslim.api import ExpertLinear, Subgraph, Topology
 from modelslim.testing.topology import check_topology
 from modelslim_transformers.adapter import TransformersAdapter
-from modelslim_transformers.topology_proof import TinyModel, draw_scale, reproducible
+from modelslim_transformers.topology_proof import Fold, TinyModel, draw_scale, reproducible
 
 PLAIN = ("v_proj -> o_proj (4, 2)", "up_proj -> down_proj")
 FUSED = ("qkv_proj -> o_proj (4, 2) rows 48-63", "gate_up_proj -> down_proj rows 48-95")
@@ -128,12 +128,32 @@ def test_subgraphs_of_a_layer(model_type: str, topology: Any) -> None:
 @pytest.mark.parametrize("model_type", EXPECTED)
 def test_every_linear_of_a_layer_is_a_target_or_left_out_with_a_reason(model_type: str, topology: Any) -> None:
     model, found = topology(model_type)
-    targets = {target for one in found.subgraphs for target in one.targets}
+    targets = {target for one in found.subgraphs for target in one.targets if one.source}
+    alone = {target for one in found.subgraphs for target in one.targets if not one.source}
     patterns = [re.compile(re.escape(pattern).replace(r"\*", r"\d+")) for pattern in found.left_out]
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, ExpertLinear)) and name != "lm_head":
             explained = any(pattern.fullmatch(name) for pattern in patterns)
             assert (name in targets) != explained, name
+            assert (name in alone) == explained, name
+
+
+ALONE: Mapping[str, set[str]] = {
+    "llama": set(),
+    "olmo2": {QKV, "gate_proj up_proj"},
+    "nemotron": {"down_proj"},
+    "gpt_oss": {"down_proj"},
+    "qwen3_next": set(),
+}
+"""What is left out in the second layer: linears of one input together, whose input can be divided at run time."""
+
+
+@pytest.mark.parametrize("model_type", ALONE)
+def test_linears_that_nothing_can_be_folded_into_stand_together_by_their_input(model_type: str, topology: Any) -> None:
+    _, found = topology(model_type)
+    layer = [one for one in found.subgraphs if one.type == "non-fusion" and ".1." in one.targets[0]]
+    assert {words(one).removeprefix(" -> ") for one in layer} == ALONE[model_type]
+    assert all(one.source == "" and one.rows is None and one.heads is None for one in layer)
 
 
 @pytest.mark.parametrize("model_type", LEFT_OUT)
@@ -142,6 +162,53 @@ def test_reasons(model_type: str, topology: Any) -> None:
     for pattern, reason in LEFT_OUT[model_type].items():
         assert found.left_out[pattern].startswith(reason)
     assert bool(found.left_out) == bool(LEFT_OUT[model_type])
+
+
+PUBLISHED: Mapping[str, tuple[Mapping[str, Any], set[str], str]] = {
+    "bamba": (
+        {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+        {"norm -> out_proj", "up_proj -> down_proj", "input_layernorm -> in_proj"},
+        "",
+    ),
+    "mamba2": ({"num_hidden_layers": 2}, {"norm -> in_proj", "norm -> out_proj"}, ""),
+    "falcon_h1": ({"num_hidden_layers": 2}, {f"input_layernorm -> in_proj {QKV}", "up_proj -> down_proj"}, "no scale"),
+    "nemotron_h": ({}, {"norm -> in_proj", f"norm -> {QKV}", "norm -> gate up_proj up_proj"}, "no scale passes"),
+    "zamba2": (
+        {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+        {"norm -> out_proj", "input_layernorm -> in_proj"},
+        "its weight, or that of its source, is used in other layers as well",
+    ),
+    "longcat_flash": (
+        {"num_layers": 2},
+        {"kv_a_layernorm -> kv_b_proj", "q_a_layernorm -> q_b_proj", "up_proj -> down_proj"},
+        "post_attention_layernorm.0 feeds it, and not linears alone",
+    ),
+    "gemma3n_text": (
+        {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        {"pre_feedforward_layernorm -> gate_proj up_proj", "up_proj -> down_proj"},
+        "input_layernorm feeds it, and not linears alone",
+    ),
+    "deepseek_v2": (
+        {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3},
+        {"input_layernorm -> q_a_proj kv_a_proj_with_mqa", "up_proj -> down_proj"},
+        "",
+    ),
+}
+"""Architectures in the sizes that are published, with a part of what is found, and a reason for what is left out."""
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_published_sizes_can_be_made_tiny(model_type: str, tmp_path: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    settings, expected, reason = PUBLISHED[model_type]
+    CONFIG_MAPPING[model_type](**settings, dtype="bfloat16").save_pretrained(tmp_path)
+    adapter = TransformersAdapter(model_type, tmp_path)
+    found = adapter.get_adapter_config_for_subgraph(adapter.init_model("meta"))
+    assert "*" not in found.left_out, found.left_out
+    assert expected <= {words(one).partition(" (")[0].partition(" rows")[0] for one in found.subgraphs}
+    reasons = set(found.left_out.values())
+    assert any(one.startswith(reason) for one in reasons) if reason else not reasons
 
 
 def test_topology_is_the_same_every_time_and_leaves_the_random_numbers_alone(topology: Any) -> None:
@@ -194,7 +261,8 @@ def test_reader_that_is_no_module_is_seen(has_second_reader: bool) -> None:
         model = TinyModel(Gated(None, has_second_reader), [], [], [{"x": torch.randn(1, 5, 8)}])
         scale = draw_scale(8)
         reaction = model.react("norm", scale, None, lambda count: scale if count == 8 else None)
-        exact = [model.is_fold_exact("norm", {"gate": scale, "up": scale}, scale, None, one) for one in (False, True)]
+        targets = {"gate": scale, "up": scale}
+        exact = [model.are_folds_exact([Fold("norm", targets, scale, None, one)]) for one in (False, True)]
     assert reaction.readers == ["up", "gate"]
     assert reaction.is_unchanged == (not has_second_reader)
     assert exact == [not has_second_reader, False]

@@ -19,8 +19,9 @@ from modelslim.api import (
     Statistic,
     Unit,
     UnitStatistics,
+    check_group_sizes,
 )
-from modelslim_smoothing.config import NON_FUSION, Choice, Rounding
+from modelslim_smoothing.config import Choice, Rounding
 from modelslim_smoothing.fold import can_shift
 from modelslim_smoothing.site import Site
 
@@ -30,7 +31,6 @@ class Smoothing(Algorithm):
 
     Attributes:
         kinds: what is measured of a tensor.
-        shifts: True when channels behind norms are centred as well.
         rounding: what a search rounds with; None for a formula without a search.
     """
 
@@ -38,7 +38,6 @@ class Smoothing(Algorithm):
     rescales = True
 
     kinds: ClassVar[frozenset[type[Statistic]]]
-    shifts: bool = False
     rounding: Rounding | None = None
 
     def __init__(self, choice: Choice) -> None:
@@ -60,29 +59,13 @@ class Smoothing(Algorithm):
         return {}
 
     def check(self, linears: Sequence[LinearInfo]) -> Sequence[Problem]:
-        """Refuse what no engine runs, and groups that do not divide the inputs of a linear."""
-        problems = []
-        if NON_FUSION in self._choice.types:
-            problems.append(
-                Problem(
-                    "non-fusion subgraphs divide the input of a linear when the model runs, which no format stores",
-                    hint='leave out "non-fusion"; the other types are folded into weights',
-                    path=("enable_subgraph_type",),
-                )
-            )
-        size = self.rounding.spec.weight.group_size if self.rounding else None
+        """Refuse groups that do not divide the inputs of a linear."""
+        if self.rounding is None:
+            return []
         included, excluded = self._choice.linears(linears)
-        odd = [one for one in linears if one.module in included - excluded and size and one.in_features % size]
-        if odd and self.rounding:
-            more = f" and {len(odd) - 1} others" if len(odd) > 1 else ""
-            problems.append(
-                Problem(
-                    f"group_size {size} does not divide the {odd[0].in_features} inputs of {odd[0].name}{more}",
-                    hint="exclude them, or take a size that does",
-                    path=self.rounding.path,
-                )
-            )
-        return problems
+        chosen = [one for one in linears if one.module in included - excluded]
+        weight = self.rounding.spec.weight
+        return check_group_sizes([(one, weight) for one in chosen], self.rounding.path)
 
     def needs(self, unit: Unit) -> Mapping[str, frozenset[type[Statistic]]]:
         """The inputs of the targets, once per subgraph."""
@@ -106,6 +89,10 @@ class Smoothing(Algorithm):
                 )
             names |= site.parameters(shifts=shifts)
         return names
+
+    def multiplies_inputs(self, unit: Unit) -> frozenset[str]:
+        """Linears behind what cannot be divided."""
+        return frozenset(name for site in self._sites(unit) if site.source is None for name in site.targets)
 
     def apply(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, nn.Module]:
         """Fold a scale into every subgraph."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modelslim.api import FLOAT, LinearInfo, Pattern, QuantSpec, Selector, Subgraph, TensorSpec
+from modelslim.api import LinearInfo, Pattern, QuantSpec, Selector, Subgraph, TensorSpec, parse_qconfig
 
 NON_FUSION = "non-fusion"
 ORDER = ("up-down", "ov", "linear-linear", "norm-linear")
@@ -15,7 +15,6 @@ ORDER = ("up-down", "ov", "linear-linear", "norm-linear")
 
 DYNAMIC_INT8 = QuantSpec(TensorSpec("int8", "per_channel"), TensorSpec("int8", "per_token"))
 
-_GROUP_SIZE = 128
 _SSZ_STEPS = 50
 
 
@@ -33,9 +32,9 @@ class Choice:
     exclude: Sequence[str]
 
     @classmethod
-    def parse(cls, entry: Mapping[str, Any], default: Sequence[str] = ORDER) -> Choice:
-        """Read it from an entry."""
-        types = entry.get("enable_subgraph_type", default)
+    def parse(cls, entry: Mapping[str, Any], types: Sequence[str] | None = None) -> Choice:
+        """Read it from an entry; with ``types``, which the entry cannot choose then."""
+        types = entry.get("enable_subgraph_type", ORDER) if types is None else types
         return cls(
             tuple(name for name in (*ORDER, NON_FUSION) if name in types),
             tuple(entry.get("include") or ("*",)),
@@ -54,8 +53,8 @@ class Choice:
         return frozenset(one.module for one in included), frozenset(one.module for one in excluded)
 
     def sorted(self, subgraphs: Sequence[Subgraph]) -> list[Subgraph]:
-        """Those of the types that can be folded, in the order of work."""
-        chosen = [subgraph for subgraph in subgraphs if subgraph.type in self.types and subgraph.source]
+        """Those of the types, in the order of work."""
+        chosen = [subgraph for subgraph in subgraphs if subgraph.type in self.types]
         return sorted(chosen, key=lambda subgraph: self.types.index(subgraph.type))
 
 
@@ -78,19 +77,4 @@ class Rounding:
         """Read it from a ``qconfig``, or from one with a weight alone."""
         weight = qconfig["weight"]
         steps = weight.get("ext", {}).get("step", _SSZ_STEPS) if weight.get("method") == "ssz" else 0
-        return cls(QuantSpec(_weight(weight), _activation(qconfig.get("act"))), steps, path)
-
-
-def _weight(leaf: Mapping[str, Any]) -> TensorSpec:
-    scope = leaf.get("scope", "per_channel")
-    group_size = None
-    if scope == "per_group":
-        group_size = leaf.get("group_size", leaf.get("ext", {}).get("group_size", _GROUP_SIZE))
-    return TensorSpec(leaf.get("dtype", "int8"), scope, leaf.get("symmetric", True), group_size)
-
-
-def _activation(leaf: Mapping[str, Any] | None) -> TensorSpec:
-    if leaf is None or leaf.get("dtype", "int8") == "float" or leaf.get("method") == "none":
-        return FLOAT
-    scope = leaf.get("scope", "per_tensor")
-    return TensorSpec(leaf.get("dtype", "int8"), scope, leaf.get("symmetric", scope == "per_token"))
+        return cls(parse_qconfig(qconfig), steps, path)

@@ -20,6 +20,7 @@ from modelslim.api import (
     Subgraph,
     Unit,
     UnitStatistics,
+    multiply_inputs,
 )
 from modelslim_smoothing import fold
 from modelslim_smoothing.scales import largest_per_source, limit, per_source, per_target
@@ -36,14 +37,14 @@ class Site:
 
     Attributes:
         subgraph: as the adapter describes it.
-        source: what makes the tensor.
+        source: what makes the tensor; None where it is divided when the model runs.
         targets: all that reads it, by name.
         judged: those of the targets that can be quantized; a router stays float and has no say.
         ports: names of the targets whose inputs are measured: together they see every token.
     """
 
     subgraph: Subgraph
-    source: nn.Module
+    source: nn.Module | None
     targets: Mapping[str, nn.Module]
     judged: Mapping[str, nn.Module]
     ports: tuple[str, ...]
@@ -56,7 +57,7 @@ class Site:
         depth = min(name.count(".") for name in targets)
         return cls(
             subgraph,
-            unit.modules[subgraph.source],
+            unit.modules[subgraph.source] if subgraph.source else None,
             targets,
             {name: module for name, module in targets.items() if name in unit.linears},
             tuple(name for name in targets if name.count(".") == depth),
@@ -70,6 +71,8 @@ class Site:
     @property
     def per_expert(self) -> bool:
         """True when every expert has a tensor, and so a scale, of its own."""
+        if self.source is None:
+            return all(isinstance(target, ExpertLinear) for target in self.targets.values())
         return isinstance(self.source, ExpertLinear)
 
     @property
@@ -113,7 +116,9 @@ class Site:
         """The scale that can be folded: equal for heads that share a value, and within the range of the dtype."""
         heads, unit_offset = self.subgraph.heads, self.subgraph.unit_offset
         reading = fold.column_magnitudes(self.targets.values(), per_expert=self.per_expert)
-        if self.is_norm:
+        if self.source is None:
+            made = torch.zeros_like(reading)
+        elif self.is_norm:
             made = fold.gain_magnitudes(self.source, unit_offset=unit_offset)
         else:
             made = fold.row_magnitudes(self.source, self.subgraph.rows)
@@ -130,6 +135,11 @@ class Site:
             shift: [channels] to subtract before the division; only behind a norm.
             statistics: those of the unit.
         """
+        if self.source is None:
+            multiplier = 1 / scale
+            multiply_inputs(self.targets.values(), multiplier)
+            statistics.rescale(self.targets, 1 / multiplier)
+            return
         if self.is_norm:
             scale, shift = fold.divide_norm(self.source, scale, shift, unit_offset=self.subgraph.unit_offset)
         else:
@@ -142,10 +152,11 @@ class Site:
 
     def parameters(self, *, shifts: bool = False) -> frozenset[str]:
         """Full names of the parameters that ``fold`` changes or adds."""
-        source = self.subgraph.source
-        names = {f"{source}.weight", *(f"{name}.weight" for name in self.targets)}
-        if shifts or fold.bias_of(self.source) is not None:
-            names.add(f"{source}.bias")
+        names = {f"{name}.weight" for name in self.targets}
+        if self.source is not None:
+            names.add(f"{self.subgraph.source}.weight")
+            if shifts or fold.bias_of(self.source) is not None:
+                names.add(f"{self.subgraph.source}.bias")
         if shifts:
             names.update(f"{name}.bias" for name in self.targets)
         return frozenset(names)

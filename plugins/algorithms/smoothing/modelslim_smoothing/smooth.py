@@ -29,7 +29,7 @@ class IterSmooth(Smoothing):
         super().__init__(choice)
         self._alpha = alpha
         self._smallest = smallest
-        self.shifts = not symmetric
+        self.shifts = not symmetric and "norm-linear" in choice.types
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> IterSmooth:

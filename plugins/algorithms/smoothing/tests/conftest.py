@@ -166,12 +166,13 @@ class Toy:
 
     layer: Layer
     x: Tensor
+    subgraphs: tuple[Subgraph, ...] | None = None
 
     @property
     def unit(self) -> Unit:
         modules = dict(self.layer.named_modules(prefix=NAME))
         linears = {name: one for name, one in modules.items() if isinstance(one, (nn.Linear, ExpertLinear))}
-        return Unit(NAME, linears, {}, modules, self.layer.subgraphs())
+        return Unit(NAME, linears, {}, modules, self.layer.subgraphs() if self.subgraphs is None else self.subgraphs)
 
     @property
     def infos(self) -> list[LinearInfo]:

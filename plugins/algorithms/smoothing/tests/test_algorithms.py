@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -167,7 +166,9 @@ def test_shift_centres_channels_and_leaves_the_function(toy: Make, name: str, la
     algorithm = make(name, symmetric=False)
     before = one.measure(algorithm)
     announced = algorithm.edits(one.unit)
+    classes = {key: type(module) for key, module in one.layer.named_modules()}
     one.apply(algorithm)
+    assert {key: type(module) for key, module in one.layer.named_modules()} == classes
     torch.testing.assert_close(one.layer(one.x), expected, rtol=1e-5, atol=1e-6)
     assert {f"{LAYER}.{norm}.bias" for norm in ("input_layernorm", "post_attention_layernorm")} <= announced
     assert announced <= state(one.layer).keys()
@@ -188,22 +189,71 @@ def test_shift_is_refused_where_a_router_or_experts_read(toy: Make) -> None:
     assert f"{LAYER}.input_layernorm.bias" in elsewhere.edits(one.unit)
 
 
-@pytest.mark.parametrize("name", [name for name in ENTRIES if name != "smooth_quant"])
-def test_non_fusion_is_refused_and_never_scales_weights_without_the_inverse(toy: Make, name: str) -> None:
-    asked = make(name, enable_subgraph_type=["norm-linear", "non-fusion"])
-    (problem,) = asked.check([])
-    assert problem.fatal and problem.path == ("enable_subgraph_type",)
-    assert "when the model runs" in problem.message
-    one = toy()
+SEARCHED = [name for name in ENTRIES if name != "smooth_quant"]  # which knows norms alone
+UNFUSED: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "one": ({}, ("self_attn.o_proj",)),
+    "several": ({}, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    "experts": ({"experts": 4}, ("mlp.experts.down_proj",)),
+    "experts behind a norm": ({"experts": 4}, ("mlp.experts.gate_up_proj",)),
+}
+
+
+def unfused(one: Any, targets: tuple[str, ...]) -> Any:
+    """The toy with one subgraph, whose producer cannot be divided."""
+    subgraph = Subgraph("non-fusion", "", tuple(f"{LAYER}.{name}" for name in targets))
+    one.subgraphs = (subgraph,)
+    return one
+
+
+@pytest.mark.parametrize(("layer", "targets"), UNFUSED.values(), ids=UNFUSED)
+@pytest.mark.parametrize("name", SEARCHED)
+def test_non_fusion_changes_the_targets_and_their_inputs_alone(
+    toy: Make, name: str, layer: dict[str, Any], targets: tuple[str, ...]
+) -> None:
+    one = unfused(toy(**layer), targets)
+    expected, before = one.layer(one.x), state(one.layer)
+    algorithm = make(name, enable_subgraph_type=["non-fusion"])
+    names = {f"{LAYER}.{target}" for target in targets}
+    assert algorithm.multiplies_inputs(one.unit) == names
+    assert algorithm.edits(one.unit) == {f"{target}.weight" for target in names}
+    followed = one.apply(algorithm, ChannelRange)
+    torch.testing.assert_close(one.layer(one.x), expected, rtol=1e-6, atol=1e-6)
+    changed = {key for key, value in state(one.layer).items() if not torch.equal(value, before[key])}
+    assert changed == algorithm.edits(one.unit)
+    anew = one.measure(algorithm, ChannelRange)  # what the linear reads now
+    for port in algorithm.needs(one.unit):
+        get: Any = UnitStatistics.get_experts if "experts" in port else UnitStatistics.get
+        for got, want in zip(
+            values(get(followed, port, ChannelRange)), values(get(anew, port, ChannelRange)), strict=True
+        ):
+            torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_formula_of_non_fusion(toy: Make) -> None:
+    """``s = max|x|^alpha / max|W|^(1 - alpha)`` over all targets; weights times s, inputs over s."""
+    from modelslim.multipliers import input_multiplier
+
+    one = unfused(toy(), UNFUSED["several"][1])
+    weights = [state(one.layer)[f"{LAYER}.{target}.weight"] for target in UNFUSED["several"][1]]
+    algorithm = make("iter_smooth", alpha=0.7, enable_subgraph_type=["non-fusion"])
+    x = one.layer.input_layernorm(one.x)
+    one.apply(algorithm)
+    for channel in range(x.shape[1]):
+        a, w = float(x[:, channel].abs().max()), max(float(weight[:, channel].abs().max()) for weight in weights)
+        s = a**0.7 / max(w, 1e-5) ** 0.3 if a else 1.0
+        for target, weight in zip(UNFUSED["several"][1], weights, strict=True):
+            linear = one.layer.get_submodule(target)
+            multiplier = input_multiplier(linear)
+            assert multiplier is not None and float(multiplier[channel]) == pytest.approx(1 / s, rel=1e-5)
+            torch.testing.assert_close(linear.weight[:, channel], weight[:, channel] * s, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_non_fusion_is_off_unless_it_is_asked_for(toy: Make, name: str) -> None:
+    one = unfused(toy(), ("self_attn.o_proj",))
     algorithm = make(name)
-    assert not algorithm.check([])
-    unit = replace(one.unit, subgraphs=(Subgraph("non-fusion", "", (f"{LAYER}.self_attn.o_proj",)),))
-    for planned in (algorithm, asked):  # the plan goes on to find all that is wrong
-        assert (planned.needs(unit), planned.edits(unit)) == ({}, frozenset())
-    before = state(one.layer)
-    algorithm.apply(unit, UnitStatistics({}))
-    for key, value in state(one.layer).items():
-        assert torch.equal(value, before[key])
+    assert not algorithm.needs(one.unit) and not algorithm.edits(one.unit)
+    assert not algorithm.multiplies_inputs(one.unit)
 
 
 def test_types_are_those_enabled(toy: Make) -> None:

@@ -73,7 +73,7 @@ def test_what_cannot_be_meant_is_refused_at_its_place(entry: dict[str, Any], pla
 @pytest.mark.parametrize(
     "entry",
     [
-        {"type": "iter_smooth", "enable_subgraph_type": ["non-fusion"]},  # the plan says why not
+        {"type": "iter_smooth", "enable_subgraph_type": ["non-fusion"]},
         {"type": "flex_smooth_quant", "alpha": 0.5, "beta": None, "qconfig": {"weight": {}}},
         {"type": "awq", "weight_qconfig": {"dtype": "int4", "scope": "per_group", "ext": {"group_size": 32}}},
     ],

@@ -18,6 +18,8 @@ WEIGHTS = {
     "int8": TensorSpec("int8", "per_channel"),
     "int4": TensorSpec("int4", "per_channel"),
     "int4 group": TensorSpec("int4", "per_group", group_size=4),
+    "int3 group": TensorSpec("int3", "per_group", group_size=4),
+    "int2 group offset": TensorSpec("int2", "per_group", symmetric=False, group_size=4),
     "int4 group offset": TensorSpec("int4", "per_group", symmetric=False, group_size=4),
     "float": FLOAT,
 }
