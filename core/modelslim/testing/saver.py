@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the writer and the readers of checkpoints expect of every saver.
 
-Give the contract a saver, the schemes that its format has, and some that it has not::
+Give the contract a saver, the schemes that its format has, some that it has not, and a decoder of your own, written
+from the description of the format and not from the saver::
 
     from modelslim.testing.saver import SaverContract
 
@@ -17,12 +18,16 @@ Give the contract a saver, the schemes that its format has, and some that it has
         @pytest.fixture(params=[QuantSpec(TensorSpec("int4", "per_channel"), FLOAT)])
         def refused(self, request):
             return request.param
+
+        @pytest.fixture
+        def dequantize(self):
+            return lambda tensors, spec: tensors["weight"].double() * tensors["weight_scale"].double()
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -31,16 +36,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelslim.quantized import QuantizedLinear, QuantizedTensor, range_to_scale
+from modelslim.checkpoint import DTYPE_NAMES, byte_view
+from modelslim.errors import SaveError
+from modelslim.quantized import QuantizedLinear
 from modelslim.saver import PlannedModel, Saver, TensorRecord
+from modelslim.scales import range_to_scale, whole_scale
+from modelslim.testing.rounding import round_to_nearest
 from modelslim.types import LinearInfo, QuantSpec
+from modelslim.writer import ShardWriter
 
 ROWS, COLUMNS = 128, 256
 COPIED = "model.norm.weight"
 
 
+Dequantize = Callable[[Mapping[str, Tensor], QuantSpec], Tensor]
+"""Makes a weight, floating [out, in], from the tensors of a linear, by the rest of their names, and its spec."""
+
+
 class SaverContract:
-    """Subclass it; supply ``saver``, ``spec`` and ``refused``, the latter two with ``params``."""
+    """Subclass it; supply ``saver``, ``dequantize``, and ``spec`` and ``refused`` with ``params``."""
 
     @pytest.fixture
     def saver(self) -> Saver:
@@ -56,6 +70,11 @@ class SaverContract:
     def refused(self) -> QuantSpec:
         """A scheme that the format has not."""
         raise NotImplementedError("supply the fixture `refused` with params: schemes that the format has not")
+
+    @pytest.fixture
+    def dequantize(self) -> Dequantize:
+        """A decoder that shares nothing with the saver: the package of the format, or a few lines of arithmetic."""
+        raise NotImplementedError("supply the fixture `dequantize`: a decoder of your own, see modelslim.testing.saver")
 
     @pytest.fixture(params=["bfloat16", "float16", "float32"])
     def model_dtype(self, request: pytest.FixtureRequest) -> str:
@@ -126,10 +145,67 @@ class SaverContract:
 
         decoded = saved[name].decode({key: tensors[key] for key in saved[name].tensors})
         assert decoded.spec.scheme == module.spec.scheme
-        assert torch.equal(decoded.codes, module.codes)
+        assert torch.equal(_bytes(decoded.codes), _bytes(module.codes))
         # A format may store a product of scales, whose factors come back within rounding.
         torch.testing.assert_close(decoded.weight.dequantize(), module.weight.dequantize(), rtol=1e-6, atol=0)
         assert_same_bytes(dict(saver.encode(name, decoded, model_dtype)), tensors)
+        x = torch.randn(9, COLUMNS, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(decoded(x), module(x), rtol=1e-5, atol=1e-5)
+
+    def test_decoder_that_is_not_the_savers_reads_the_weight(
+        self, saver: Saver, module: QuantizedLinear, name: str, model_dtype: str, dequantize: Dequantize
+    ) -> None:
+        """A saver that misreads the format reads its own files back without a fault."""
+        tensors = {key.removeprefix(f"{name}."): tensor for key, tensor in saver.encode(name, module, model_dtype)}
+        found = dequantize(tensors, module.spec)
+        expected = module.weight.dequantize().to(found.dtype)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+    def test_killed_run_leaves_nothing_that_looks_complete(
+        self,
+        saver: Saver,
+        module: QuantizedLinear,
+        name: str,
+        model_dtype: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The saver writes no file, and weights alone are no checkpoint of the format."""
+        monkeypatch.chdir(tmp_path)
+        stem = saver.weights_name(_planned(name, module, model_dtype))
+        shards = ShardWriter(tmp_path, stem, saver.max_shard_bytes, 1 << 14, lambda *_: None)
+        try:
+            for key, tensor in saver.encode(name, module, model_dtype):
+                data = byte_view(tensor.contiguous())
+                shards.add(key, DTYPE_NAMES[tensor.dtype], tensor.shape, len(data), [data])
+            assert [file.name for file in tmp_path.iterdir() if not file.name.endswith(".unfinished")] == []
+            assert not saver.recognizes(tmp_path)
+            shards.finish()
+        finally:
+            shards.abandon()
+        assert not saver.recognizes(tmp_path)
+
+    def test_multiplier_of_the_input_comes_back(
+        self, saver: Saver, module: QuantizedLinear, name: str, model_dtype: str, tmp_path: Path
+    ) -> None:
+        """As planned, and with all else of the linear; a format that has no place for it refuses to lose it."""
+        module.input_multiplier = torch.rand(COLUMNS, generator=torch.Generator().manual_seed(2)) + 0.1
+        if not saver.stores_multipliers:
+            with pytest.raises(SaveError):
+                list(saver.encode(name, module, model_dtype))
+            return
+        tensors = dict(saver.encode(name, module, model_dtype))
+        info = replace(_info(name, module, model_dtype), has_multiplier=True)
+        sizes = {key: tensor.nbytes for key, tensor in tensors.items()}
+        assert saver.encoded_sizes(info, module.spec, model_dtype) == sizes
+        _write_files(saver, tensors, name, module, model_dtype, tmp_path)
+        shapes = {COPIED: (COLUMNS,), **{key: tuple(tensor.shape) for key, tensor in tensors.items()}}
+        saved = saver.read_layout(tmp_path, shapes)
+        assert saved.keys() == {name}
+        assert set(saved[name].tensors) == tensors.keys()
+        decoded = saved[name].decode({key: tensors[key] for key in saved[name].tensors})
+        assert decoded.input_multiplier is not None
+        torch.testing.assert_close(decoded.input_multiplier, module.input_multiplier, rtol=1e-6, atol=0)
         x = torch.randn(9, COLUMNS, generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(decoded(x), module(x), rtol=1e-5, atol=1e-5)
 
@@ -142,16 +218,14 @@ def random_linear(saver: Saver, spec: QuantSpec, model_dtype: str, *, bias: bool
     )
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(ROWS, COLUMNS, generator=generator) * 0.1
-    groups = weight.view(ROWS, -1, spec.weight.group_size or COLUMNS)
-    scale, offset = range_to_scale(groups.amin(-1), groups.amax(-1), spec.weight)
-    codes = (groups / scale.unsqueeze(-1)).round() + (0 if offset is None else offset.unsqueeze(-1))
-    codes = codes.clamp(spec.weight.qmin, spec.weight.qmax).to(torch.int8).view(ROWS, COLUMNS)
     input_scale = input_offset = None
-    if spec.is_static:
+    if spec.activation.dtype == "nvfp4":
+        input_scale, input_offset = whole_scale(torch.tensor([3.0])), torch.zeros(1, dtype=torch.int8)
+    elif spec.is_static:
         input_scale, input_offset = range_to_scale(torch.tensor([-2.0]), torch.tensor([3.0]), spec.activation)
         input_offset = torch.zeros(1, dtype=torch.int8) if input_offset is None else input_offset
     return QuantizedLinear(
-        QuantizedTensor(codes, scale, offset, spec.weight),
+        round_to_nearest(weight, spec.weight),
         spec,
         torch.randn(ROWS, generator=generator).to(getattr(torch, model_dtype)) if bias else None,
         input_scale,
@@ -196,6 +270,7 @@ def _write_files(
         TensorRecord(COPIED, None, 4 * COLUMNS),
         *(TensorRecord(key, module.spec, tensor.nbytes) for key, tensor in tensors.items()),
     ]
-    files = {"config.json": saver.edit_config(dict(model.config)), **saver.finish(records, model)}
+    config = saver.edit_config(dict(model.config), records, model)
+    files = {"config.json": config, **saver.finish(records, model)}
     for file, content in files.items():
         (path / file).write_text(json.dumps(content), encoding="utf-8")

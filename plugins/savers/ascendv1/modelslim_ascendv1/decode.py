@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,13 @@ from modelslim.api import (
     QuantSpec,
     SavedLinear,
     TensorSpec,
+    from_e2m1_nibbles,
+    from_e8m0,
     nearest,
 )
+from modelslim_ascendv1.caches import CACHE_TYPE, OFFSET, SCALE
 from modelslim_ascendv1.int4 import unpack_rows, unpack_words
-from modelslim_ascendv1.layout import DESCRIPTION, FLOAT_TYPE, TYPES, layout
+from modelslim_ascendv1.layout import DESCRIPTION, FLOAT_TYPE, INNER, MULTIPLIER, TYPES, layout
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -47,7 +50,7 @@ GLOBAL_KEYS = frozenset(
 _HINT = "the checkpoint is damaged, or another tool wrote an extension that is not known here; quantize again"
 
 
-def read_layout(path: Path, shapes: Shapes) -> dict[str, SavedLinear]:
+def read_layout(path: Path, shapes: Shapes, description: str = DESCRIPTION) -> dict[str, SavedLinear]:
     """The quantized linears of a checkpoint, by name.
 
     What only the values tell is not known yet: the specs call a weight or an activation asymmetric
@@ -56,26 +59,36 @@ def read_layout(path: Path, shapes: Shapes) -> dict[str, SavedLinear]:
     Args:
         path: the directory.
         shapes: every tensor of the checkpoint with its shape.
+        description: name of the description file.
 
     Raises:
         ModelError: description and tensors contradict each other; names the tensor.
     """
-    types = _read_description(path / DESCRIPTION)
-    _compare(path / DESCRIPTION, types, shapes)
+    types = _read_description(path / description)
+    _compare(path / description, types, shapes)
     linears: dict[str, SavedLinear] = {}
     explained: set[str] = set()
     for key, type_ in types.items():
         name, _, part = key.rpartition(".")
-        if type_ != FLOAT_TYPE and part in ("weight", "weight_packed"):
+        if type_ not in (FLOAT_TYPE, CACHE_TYPE) and part in ("weight", "weight_packed"):
+            name = _outer(name, types)
             linears[name] = _saved_linear(name, type_, types, shapes)
             explained.update(linears[name].tensors)
     for key, type_ in types.items():
-        if type_ != FLOAT_TYPE and key not in explained:
+        if type_ == CACHE_TYPE and key.endswith((f".{SCALE}", f".{OFFSET}")):
+            continue
+        if (type_ != FLOAT_TYPE or key.endswith(f".{MULTIPLIER}")) and key not in explained:
             raise ModelError(
-                f"{path / DESCRIPTION}: {key} is described as {type_} and belongs to no linear of that type",
+                f"{path / description}: {key} is described as {type_} and belongs to no linear of that type",
                 hint=_HINT,
             )
     return linears
+
+
+def _outer(name: str, names: Container[str]) -> str:
+    """The linear that a quantized weight belongs to; where its input is multiplied, it lies one level deeper."""
+    outer, _, last = name.rpartition(".")
+    return outer if last == INNER and f"{outer}.{MULTIPLIER}" in names else name
 
 
 def _read_description(file: Path) -> dict[str, str]:
@@ -88,7 +101,7 @@ def _read_description(file: Path) -> dict[str, str]:
         raise ModelError(f"{file} holds no JSON object", hint=_HINT)
     types = {key: value for key, value in content.items() if key not in GLOBAL_KEYS}
     for key, value in types.items():
-        if value not in TYPES:
+        if value not in TYPES and value != CACHE_TYPE:
             raise ModelError(
                 f"{file}: {key} has the type {value!r}, which is not known here", hint=nearest(str(value), TYPES)
             )
@@ -110,8 +123,11 @@ def _compare(file: Path, types: Mapping[str, str], shapes: Shapes) -> None:
 
 
 def _saved_linear(name: str, type_: str, types: Mapping[str, str], shapes: Shapes) -> SavedLinear:
+    has_multiplier = f"{name}.{MULTIPLIER}" in types
+    inner = f"{name}.{INNER}" if has_multiplier else name
+
     def shape(part: str) -> tuple[int, ...]:
-        full = f"{name}.{part}"
+        full = f"{inner}.{part}"
         if full not in shapes:
             raise ModelError(f"{name} is described as {type_} and has no tensor {full}", hint=_HINT)
         if len(shapes[full]) != 2:
@@ -120,11 +136,11 @@ def _saved_linear(name: str, type_: str, types: Mapping[str, str], shapes: Shape
 
     weight_rows, width = shape("weight_packed" if type_ == "W4A16" else "weight")
     rows = weight_rows * 2 if type_ == "W4A8_DYNAMIC" else weight_rows
-    columns = width * 8 if type_ == "W4A16" else width
+    columns = width * (8 if type_ == "W4A16" else 2 if "MXFP" in type_ and type_.startswith("W4") else 1)
     groups = 1 if type_ == "W8A8" else shape("weight_scale")[1]
     if not groups or columns % groups:
         raise ModelError(
-            f"{name}.weight_scale has {groups} columns, which does not divide the {columns} inputs", hint=_HINT
+            f"{inner}.weight_scale has {groups} columns, which does not divide the {columns} inputs", hint=_HINT
         )
     expected = layout(
         type_,
@@ -133,8 +149,9 @@ def _saved_linear(name: str, type_: str, types: Mapping[str, str], shapes: Shape
         groups,
         row_parallel=type_ == "W4A8_DYNAMIC" and shape("scale_bias")[1] > 1,
         model_dtype="float32",  # shapes do not depend on it
-        has_bias=f"{name}.bias" in types,
-        symmetric=f"{name}.weight_offset" not in types,
+        has_bias=f"{inner}.bias" in types,
+        symmetric=f"{inner}.weight_offset" not in types,
+        has_multiplier=has_multiplier,
     )
     for part, (_, size) in expected.items():
         full = f"{name}.{part}"
@@ -146,9 +163,9 @@ def _saved_linear(name: str, type_: str, types: Mapping[str, str], shapes: Shape
                 f"has {size}",
                 hint=_HINT,
             )
-        if types[full] != (FLOAT_TYPE if part == "bias" else type_):
+        if types[full] != (FLOAT_TYPE if part in ("bias", f"{INNER}.bias", MULTIPLIER) else type_):
             raise ModelError(f"{full} is described as {types[full]}, and its linear as {type_}", hint=_HINT)
-    spec = _spec(type_, columns, groups, symmetric=type_ != "W8A16" and "weight_offset" not in expected)
+    spec = _spec(type_, columns, groups, symmetric=type_ != "W8A16" and f"{inner}.weight_offset" not in types)
     tensors = tuple(f"{name}.{part}" for part in expected)
     return SavedLinear(spec, tensors, partial(_decode, name, type_, spec))
 
@@ -156,9 +173,20 @@ def _saved_linear(name: str, type_: str, types: Mapping[str, str], shapes: Shape
 def _spec(type_: str, columns: int, groups: int, *, symmetric: bool) -> QuantSpec:
     activation = {
         "W8A8": TensorSpec("int8", "per_tensor", symmetric=False),
+        "W8A8_MIX": TensorSpec("int8", "pd_mix", symmetric=False),
         "W8A8_DYNAMIC": TensorSpec("int8", "per_token"),
         "W4A8_DYNAMIC": TensorSpec("int8", "per_token"),
+        "W4A4_DYNAMIC": TensorSpec("int4", "per_token"),
+        "W8A8FP8_DYNAMIC": TensorSpec("fp8_e4m3", "per_token"),
+        "W8A8_MXFP8": TensorSpec("mxfp8", "per_block", group_size=32),
+        "W4A8_MXFP": TensorSpec("mxfp8", "per_block", group_size=32),
+        "W4A4_MXFP4": TensorSpec("mxfp4", "per_block", group_size=32),
     }.get(type_, FLOAT)
+    if "MXFP" in type_:
+        codes = "mxfp4" if type_.startswith("W4") else "mxfp8"
+        return QuantSpec(TensorSpec(codes, "per_block", group_size=32), activation)
+    if type_ == "W8A8FP8_DYNAMIC":
+        return QuantSpec(TensorSpec("fp8_e4m3", "per_channel"), activation)
     dtype = "int4" if type_.startswith("W4") else "int8"
     symmetric = symmetric or not activation.is_float
     if groups > 1:
@@ -170,23 +198,24 @@ def _spec(type_: str, columns: int, groups: int, *, symmetric: bool) -> QuantSpe
 
 def _decode(name: str, type_: str, spec: QuantSpec, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
     """Make the module from its tensors, by full name."""
-    parts = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
+    parts = {key.removeprefix(f"{name}.").removeprefix(f"{INNER}."): tensor for key, tensor in tensors.items()}
     input_scale = input_offset = offset = None
-    if type_ == "W8A8":
+    if type_ in ("W8A8", "W8A8_MIX"):
         input_scale = parts["input_scale"].to(torch.float32)
         input_offset = parts["input_offset"].to(torch.int8)
-        scale = _weight_scale(parts["deq_scale"], input_scale)
+        scale = parts.get("weight_scale", _weight_scale(parts["deq_scale"], input_scale)).to(torch.float32)
         spec = replace(spec, activation=replace(spec.activation, symmetric=not input_offset.any()))
     else:
-        scale = parts["weight_scale"].to(torch.float32)
-    if spec.activation.is_float:
+        stored_scale = parts["weight_scale"]
+        scale = from_e8m0(stored_scale) if "MXFP" in type_ else stored_scale.to(torch.float32)
+    if spec.activation.is_float and spec.weight.is_integer:
         # The engine adds the stored offset to the codes; ours is subtracted.
         stored = parts.get("weight_offset")
         offset = (0 - stored).to(torch.int8) if stored is not None and stored.any() else None
         spec = replace(spec, weight=replace(spec.weight, symmetric=offset is None))
-    codes = _CODES[type_](parts)
+    codes = _CODES[type_](parts) if type_ in _CODES else parts["weight"]
     weight = QuantizedTensor(codes, scale, offset, spec.weight)
-    return QuantizedLinear(weight, spec, parts.get("bias"), input_scale, input_offset)
+    return QuantizedLinear(weight, spec, parts.get("bias"), input_scale, input_offset, parts.get(MULTIPLIER))
 
 
 def _weight_scale(deq_scale: Tensor, input_scale: Tensor) -> Tensor:
@@ -198,9 +227,13 @@ def _weight_scale(deq_scale: Tensor, input_scale: Tensor) -> Tensor:
 
 
 _CODES: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
-    "W8A8": lambda parts: parts["weight"],
-    "W8A8_DYNAMIC": lambda parts: parts["weight"],
-    "W8A16": lambda parts: parts["weight"],
     "W4A8_DYNAMIC": lambda parts: unpack_rows(parts["weight"]),
     "W4A16": lambda parts: unpack_words(parts["weight_packed"]),
+    **dict.fromkeys(("W4A8_MXFP", "W4A4_MXFP4", "W4A16_MXFP4"), lambda parts: _float4(parts["weight"])),
 }
+"""How codes are read where they are packed."""
+
+
+def _float4(packed: Tensor) -> Tensor:
+    """Two codes a byte, the even column in the low bits: uint8 [out, in / 2] -> int8 [out, in]."""
+    return from_e2m1_nibbles(torch.stack((packed & 15, packed >> 4), -1).flatten(-2))

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from modelslim.api import QuantizedLinear, SaveError
+from modelslim.api import QuantizedLinear, SaveError, e2m1_nibbles, to_e8m0
 from modelslim_ascendv1.int4 import pack_rows, pack_words
-from modelslim_ascendv1.layout import TP_SLICES, deq_scale_dtype, is_row_parallel
+from modelslim_ascendv1.layout import INNER, MULTIPLIER, TP_SLICES, deq_scale_dtype, is_row_parallel
 from modelslim_ascendv1.schemes import refusals
 
 Tensors = Iterator[tuple[str, Tensor]]
@@ -26,10 +26,14 @@ def encode(name: str, module: QuantizedLinear, model_dtype: str) -> Tensors:
     """
     for refusal in refusals(module.spec):
         raise SaveError(f"{name}: ascendv1 has no type for {refusal.what}", hint=refusal.hint)
+    inner = name
+    if module.input_multiplier is not None:
+        inner = f"{name}.{INNER}"
+        yield f"{name}.{MULTIPLIER}", module.input_multiplier
     for part, tensor in _WRITERS[module.spec.scheme](name, module, model_dtype):
-        yield f"{name}.{part}", tensor
+        yield f"{inner}.{part}", tensor
     if module.bias is not None:
-        yield f"{name}.bias", module.bias.to(torch.float32)
+        yield f"{inner}.bias", module.bias.to(torch.float32)
 
 
 def _static(name: str, module: QuantizedLinear, model_dtype: str) -> Tensors:
@@ -72,8 +76,25 @@ def _quant_bias(name: str, module: QuantizedLinear, deq_scale: Tensor) -> Tensor
     return value.to(torch.int32)
 
 
+def _mixed(name: str, module: QuantizedLinear, model_dtype: str) -> Tensors:
+    """W8A8_MIX: W8A8 for tokens that are generated, and the scales of W8A8_DYNAMIC for prompts."""
+    yield from _static(name, module, model_dtype)
+    yield "weight_scale", module.scale
+    yield "weight_offset", torch.zeros_like(module.scale)
+
+
+def _microscaling(name: str, module: QuantizedLinear, model_dtype: str) -> Tensors:
+    """The MXFP types: float8 codes, or two float4 codes a byte, and the exponents of the blocks' scales."""
+    if module.spec.weight.element == "e4m3":
+        yield "weight", module.codes
+    else:
+        nibbles = e2m1_nibbles(module.codes)
+        yield "weight", nibbles[:, ::2] | nibbles[:, 1::2] << 4
+    yield "weight_scale", to_e8m0(module.scale)
+
+
 def _scaled(name: str, module: QuantizedLinear, model_dtype: str) -> Tensors:
-    """W8A8_DYNAMIC and W8A16: codes with a scale and an offset for each row or group."""
+    """Codes with a scale and an offset for each row or group."""
     yield "weight", module.codes
     yield "weight_scale", module.scale
     yield "weight_offset", _added_offset(module)
@@ -118,8 +139,15 @@ def _row_sums(codes: Tensor, slices: int = 1) -> Tensor:
 
 _WRITERS: Mapping[str, Callable[[str, QuantizedLinear, str], Tensors]] = {
     "W8A8": _static,
+    "W8A8_MIX": _mixed,
     "W8A8_DYNAMIC": _scaled,
     "W8A16": _scaled,
+    "W8A8FP8_DYNAMIC": _scaled,
+    "W4A4_DYNAMIC": _scaled,
+    "W8A8_MXFP8": _microscaling,
+    "W4A8_MXFP": _microscaling,
+    "W4A4_MXFP4": _microscaling,
+    "W4A16_MXFP4": _microscaling,
     "W4A8_DYNAMIC": _packed_rows,
     "W4A16": _packed_words,
 }

@@ -13,8 +13,26 @@ from modelslim.api import QuantSpec
 FLOAT_TYPE = "FLOAT"
 DESCRIPTION = "quant_model_description.json"
 
-TYPES = (FLOAT_TYPE, "W8A16", "W4A16", "W8A8_DYNAMIC", "W8A8", "W4A8_DYNAMIC")
+TYPES = (
+    FLOAT_TYPE,
+    "W8A16",
+    "W4A16",
+    "W4A16_MXFP4",
+    "W8A8_DYNAMIC",
+    "W8A8_MIX",
+    "W8A8",
+    "W8A8FP8_DYNAMIC",
+    "W8A8_MXFP8",
+    "W4A8_DYNAMIC",
+    "W4A8_MXFP",
+    "W4A4_DYNAMIC",
+    "W4A4_MXFP4",
+)
 """The type strings, from weak to strong: a model is called after the strongest that it holds."""
+
+MULTIPLIER = "div.mul_scale"
+"""What the input of a linear is multiplied by, behind its name; its other tensors lie under ``INNER`` then."""
+INNER = "linear"
 
 TP_SLICES = 16
 """Slices into which the inputs of a row-parallel linear are cut: the most ranks that can share it."""
@@ -37,7 +55,7 @@ ROW_PARALLEL = frozenset(
 """Last parts of the names of linears that the engine cuts along their inputs, one slice a rank."""
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Dtype and shape of each tensor of a linear, by the last part of the tensor's name."""
+"""Dtype and shape of each tensor of a linear, by what follows the linear's name."""
 
 
 def is_row_parallel(name: str) -> bool:
@@ -65,8 +83,9 @@ def layout(
     model_dtype: str,
     has_bias: bool,
     symmetric: bool,
+    has_multiplier: bool = False,
 ) -> Layout:
-    """The tensors of one linear.
+    """The tensors of one linear, by the rest of their names behind that of the linear.
 
     Args:
         scheme: one of ``TYPES`` without FLOAT.
@@ -77,6 +96,7 @@ def layout(
         model_dtype: dtype of the model, such as ``bfloat16``.
         has_bias: True when the linear has a bias.
         symmetric: True when the weight has no offset.
+        has_multiplier: True when its input is multiplied.
     """
     scales = (rows, groups)
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -89,7 +109,11 @@ def layout(
         }
         if not symmetric:
             tensors["weight_offset"] = (dtype, scales)
-    elif scheme == "W8A8":
+    elif "MXFP" in scheme:
+        four = scheme.startswith("W4")
+        codes = (torch.uint8, (rows, columns // 2)) if four else (torch.float8_e4m3fn, (rows, columns))
+        tensors = {"weight": codes, "weight_scale": (torch.uint8, scales)}
+    elif scheme in ("W8A8", "W8A8_MIX"):
         tensors = {
             "weight": (torch.int8, (rows, columns)),
             "quant_bias": (torch.int32, (rows,)),
@@ -97,10 +121,12 @@ def layout(
             "input_offset": (torch.float32, (1,)),
             "deq_scale": (deq_scale_dtype(model_dtype), (rows,)),
         }
+        if scheme == "W8A8_MIX":
+            tensors |= {"weight_scale": (torch.float32, scales), "weight_offset": (torch.float32, scales)}
     else:
         packed = scheme == "W4A8_DYNAMIC"
         tensors = {
-            "weight": (torch.int8, (rows // 2 if packed else rows, columns)),
+            "weight": (_code_dtype(scheme), (rows // 2 if packed else rows, columns)),
             "weight_scale": (torch.float32, scales),
             "weight_offset": (torch.float32, scales),
         }
@@ -108,7 +134,14 @@ def layout(
             tensors["scale_bias"] = (torch.float32, (rows, TP_SLICES if row_parallel else 1))
     if has_bias:
         tensors["bias"] = (torch.float32, (rows,))
+    if has_multiplier:
+        inner = {f"{INNER}.{part}": tensor for part, tensor in tensors.items()}
+        return {MULTIPLIER: (torch.float32, (columns,)), **inner}
     return tensors
+
+
+def _code_dtype(scheme: str) -> torch.dtype:
+    return torch.float8_e4m3fn if scheme == "W8A8FP8_DYNAMIC" else torch.int8
 
 
 def sizes(tensors: Layout) -> dict[str, int]:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from modelslim.api import PlannedModel, Problem, QuantSpec
+from modelslim_ascendv1.caches import check_caches
 from modelslim_ascendv1.layout import TP_SLICES, is_row_parallel
 from modelslim_ascendv1.planned import Linear, by_spec, fusions, joined, listed, planned_linears
 from modelslim_ascendv1.schemes import describe, refusals
@@ -35,6 +36,7 @@ def find_problems(model: PlannedModel) -> list[Problem]:
         *_tied_head(linears, model),
         *_added_biases(linears, model),
         *_prefixes(linears, model),
+        *check_caches(model),
         *find_warnings(storable, model),
     ]
 
@@ -59,6 +61,12 @@ def _shapes(linears: Iterable[Linear]) -> Iterator[Problem]:
                 yield Problem(
                     f"W4A16 packs 8 inputs into one integer, which {columns} inputs do not fill ({listed(members)})",
                     hint="exclude them, or use int8 for the weight",
+                    linear=members[0].info.name,
+                )
+            if "MXFP" in spec.scheme and columns % 32:
+                yield Problem(
+                    f"{spec.scheme} has blocks of 32 inputs, which {columns} inputs do not fill ({listed(members)})",
+                    hint="exclude them, or use fp8_e4m3",
                     linear=members[0].info.name,
                 )
             sliced = [linear for linear in members if is_row_parallel(linear.info.stored)]

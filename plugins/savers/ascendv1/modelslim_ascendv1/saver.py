@@ -9,19 +9,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelslim.api import (
+    CacheInfo,
     LinearInfo,
     PlannedModel,
     Problem,
+    QuantizedCache,
     QuantizedLinear,
     QuantSpec,
+    SavedCache,
     SavedLinear,
     SaveError,
     Saver,
     TensorRecord,
+    TensorSpec,
+    without_quantization,
 )
+from modelslim_ascendv1.caches import CACHE_TYPE, GLOBAL, cache_sizes, encode_cache, read_caches
 from modelslim_ascendv1.decode import read_layout
 from modelslim_ascendv1.encode import encode
-from modelslim_ascendv1.layout import DESCRIPTION, FLOAT_TYPE, TYPES, groups_of, is_row_parallel, layout, sizes
+from modelslim_ascendv1.layout import (
+    DESCRIPTION,
+    FLOAT_TYPE,
+    MULTIPLIER,
+    TYPES,
+    groups_of,
+    is_row_parallel,
+    layout,
+    sizes,
+)
 from modelslim_ascendv1.rules import find_problems
 from modelslim_ascendv1.schemes import refusals
 
@@ -32,11 +47,14 @@ _GIB = 1 << 30
 
 
 class AscendV1Saver(Saver):
-    """Writes int8 and int4 linears with the tensor names, types and layouts of ascendv1.
+    """Writes quantized linears with the tensor names, types and layouts of ascendv1.
 
     Args:
         part_file_size: GiB after which a new weight file begins; 0 puts all into one file.
     """
+
+    stores_multipliers = True
+    stores_caches = True
 
     def __init__(self, part_file_size: float = 4) -> None:
         self._max_shard_bytes = ceil(part_file_size * _GIB)
@@ -46,8 +64,7 @@ class AscendV1Saver(Saver):
         """See ``Saver.from_config``; the fields are documented in ascendv1_saver.schema.json."""
         return cls(config.get("part_file_size", 4))
 
-    @property
-    def weights_name(self) -> str:
+    def weights_name(self, model: PlannedModel) -> str:
         """Stem of the weight files."""
         return "quant_model_weights"
 
@@ -62,10 +79,12 @@ class AscendV1Saver(Saver):
 
     def scale_dtypes(self, spec: QuantSpec, model_dtype: str) -> tuple[str, str]:
         """Dtypes of the engine's parameters, to which it converts what is stored."""
+        if spec.activation.scope == "pd_mix":
+            return model_dtype, model_dtype
         if spec.is_static:
             # Of the weight's scale only the product with the input's is stored, deq_scale in float32.
             return "float32", model_dtype
-        if spec.is_dynamic and spec.weight.dtype == "int4":
+        if spec.is_dynamic and spec.weight.dtype != "int8":
             return "float32", "float32"
         return model_dtype, "float32"
 
@@ -90,8 +109,21 @@ class AscendV1Saver(Saver):
             model_dtype=model_dtype,
             has_bias=linear.has_bias,
             symmetric=spec.weight.symmetric,
+            has_multiplier=linear.has_multiplier,
         )
         return {f"{linear.stored}.{part}": nbytes for part, nbytes in sizes(tensors).items()}
+
+    def cache_scale_dtype(self, model_dtype: str) -> str:
+        """That of the model, to which the engine converts what is stored."""
+        return model_dtype
+
+    def encode_cache(self, cache: CacheInfo, module: QuantizedCache, model_dtype: str) -> Iterator[tuple[str, Tensor]]:
+        """See ``Saver.encode_cache``."""
+        return encode_cache(cache, module)
+
+    def cache_sizes(self, cache: CacheInfo, spec: TensorSpec, model_dtype: str) -> Mapping[str, int]:
+        """See ``Saver.cache_sizes``."""
+        return cache_sizes(cache)
 
     def finish(self, records: Sequence[TensorRecord], model: PlannedModel) -> Mapping[str, Any]:
         """The description file: the type of every tensor, and what is true of the whole model."""
@@ -104,23 +136,35 @@ class AscendV1Saver(Saver):
             "metadata": {},
             "optional": {},
         }
+        if any(record.cache for record in records):
+            description |= GLOBAL
         for record in records:
-            spec = None if record.name.endswith(".bias") else record.spec
+            if record.cache is not None:
+                description[record.name] = CACHE_TYPE
+                continue
+            spec = None if record.name.endswith((".bias", f".{MULTIPLIER}")) else record.spec
             description[record.name] = FLOAT_TYPE if spec is None else spec.scheme
         return {DESCRIPTION: description}
 
-    def edit_config(self, config: dict[str, Any]) -> dict[str, Any]:
+    def edit_config(
+        self, config: dict[str, Any], records: Sequence[TensorRecord], model: PlannedModel
+    ) -> dict[str, Any]:
         """Remove ``quantization_config`` everywhere: the engine would read it instead of the description."""
-        return {
-            key: self.edit_config(value) if key.endswith("_config") and isinstance(value, dict) else value
-            for key, value in config.items()
-            if key != "quantization_config"
-        }
+        return without_quantization(config)
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:
         """True when the directory holds a description file."""
         return (path / DESCRIPTION).is_file()
+
+    @classmethod
+    def read_caches(cls, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, SavedCache]:
+        """See ``Saver.read_caches``.
+
+        Raises:
+            ModelError: a scale or an offset is missing; names it.
+        """
+        return read_caches(shapes)
 
     @classmethod
     def read_layout(cls, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, SavedLinear]:

@@ -10,8 +10,31 @@ from modelslim.api import PlannedModel, Problem
 from modelslim_ascendv1.planned import Linear, by_spec, listed
 
 ENGINE_TYPES: Mapping[bool, frozenset[str]] = {
-    False: frozenset({"W8A8", "W8A8_DYNAMIC", "W8A16"}),
-    True: frozenset({"W8A8_DYNAMIC", "W4A8_DYNAMIC", "W4A16"}),
+    False: frozenset(
+        {
+            "W8A8",
+            "W8A8_DYNAMIC",
+            "W8A8_MIX",
+            "W8A16",
+            "W8A8FP8_DYNAMIC",
+            "W4A4_DYNAMIC",
+            "W8A8_MXFP8",
+            "W4A8_MXFP",
+            "W4A4_MXFP4",
+        }
+    ),
+    True: frozenset(
+        {
+            "W8A8_DYNAMIC",
+            "W4A8_DYNAMIC",
+            "W4A16",
+            "W8A8FP8_DYNAMIC",
+            "W8A8_MXFP8",
+            "W4A8_MXFP",
+            "W4A4_MXFP4",
+            "W4A16_MXFP4",
+        }
+    ),
 }
 """Types that the engine can run, for routed experts (True) and for all other linears (False)."""
 
@@ -28,6 +51,7 @@ def find_warnings(linears: Sequence[Linear], model: PlannedModel) -> Iterator[Pr
     yield from _types(linears)
     yield from _groups(linears)
     yield from _float32_static(linears, model)
+    yield from _multipliers(linears)
     if linears:
         yield from _stacked_experts(linears, model)
 
@@ -73,6 +97,17 @@ def _float32_static(linears: Iterable[Linear], model: PlannedModel) -> Iterator[
         yield Problem(
             f"the model is {model.dtype}, and W8A8 stores deq_scale as the engine reads it for float16",
             hint="serve the result with --dtype float16; in bfloat16 its outputs would be wrong",
+            linear=members[0].info.name,
+            fatal=False,
+        )
+
+
+def _multipliers(linears: Iterable[Linear]) -> Iterator[Problem]:
+    members = [linear for linear in linears if linear.info.has_multiplier]
+    if members:
+        yield Problem(
+            f"vLLM-Ascend has no linear whose input is multiplied first; it will not load {listed(members)}",
+            hint="take non-fusion out of enable_subgraph_type, unless MindIE is to serve the result",
             linear=members[0].info.name,
             fatal=False,
         )

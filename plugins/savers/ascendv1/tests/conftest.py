@@ -9,10 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from modelslim.api import FLOAT, LinearInfo, PlannedModel, QuantizedLinear, QuantizedTensor, QuantSpec, TensorSpec
+from modelslim.api import (
+    FLOAT,
+    LinearInfo,
+    PlannedModel,
+    QuantizedLinear,
+    QuantizedTensor,
+    QuantSpec,
+    TensorSpec,
+    to_codes,
+)
 
 STATIC = TensorSpec("int8", "per_tensor")
 TOKEN = TensorSpec("int8", "per_token")
+MXFP8 = TensorSpec("mxfp8", "per_block", group_size=32)
+MXFP4 = TensorSpec("mxfp4", "per_block", group_size=32)
 
 # Every scheme that the format has, under a name for the test's id.
 SPECS: Mapping[str, QuantSpec] = {
@@ -30,6 +41,13 @@ SPECS: Mapping[str, QuantSpec] = {
     "w4a16-asymmetric": QuantSpec(TensorSpec("int4", "per_channel", symmetric=False), FLOAT),
     "w4a16-group": QuantSpec(TensorSpec("int4", "per_group", group_size=16), FLOAT),
     "w4a16-group-asymmetric": QuantSpec(TensorSpec("int4", "per_group", symmetric=False, group_size=16), FLOAT),
+    "w8a8-mix": QuantSpec(TensorSpec("int8", "per_channel"), TensorSpec("int8", "pd_mix", symmetric=False)),
+    "w4a4": QuantSpec(TensorSpec("int4", "per_channel"), TensorSpec("int4", "per_token")),
+    "fp8": QuantSpec(TensorSpec("fp8_e4m3", "per_channel"), TensorSpec("fp8_e4m3", "per_token")),
+    "mxfp8": QuantSpec(MXFP8, MXFP8),
+    "mxfp4": QuantSpec(MXFP4, MXFP4),
+    "w4a8-mxfp": QuantSpec(MXFP4, MXFP8),
+    "w4a16-mxfp4": QuantSpec(MXFP4, FLOAT),
 }
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -43,16 +61,22 @@ def make_linear(
     spec_w = spec.weight
     weight = torch.randn(rows, columns, generator=generator) * 0.1 + (0 if spec_w.symmetric else 0.05)
     groups = weight.view(rows, -1, spec_w.group_size or columns)
-    if spec_w.symmetric:
+    offset = None
+    if not spec_w.is_integer:
+        # A power of two is exact in any dtype.
+        scale = torch.exp2((groups.abs().amax(-1) / (256 if spec_w.bits == 8 else 4)).log2().floor())
+        codes = to_codes(groups / scale.unsqueeze(-1), spec_w)
+    elif spec_w.symmetric:
         scale = (groups.abs().amax(-1) / spec_w.qmax).to(dtype).float()
-        offset = None
         codes = (groups / scale.unsqueeze(-1)).round()
     else:
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         scale = ((high - low) / (spec_w.qmax - spec_w.qmin)).to(dtype).float()
         offset = (spec_w.qmin - (low / scale).round()).clamp(spec_w.qmin, spec_w.qmax).to(torch.int8)
         codes = (groups / scale.unsqueeze(-1)).round() + offset.unsqueeze(-1)
-    codes = codes.clamp(spec_w.qmin, spec_w.qmax).to(torch.int8).view(rows, columns)
+    if spec_w.is_integer:
+        codes = codes.clamp(spec_w.qmin, spec_w.qmax).to(torch.int8)
+    codes = codes.view(rows, columns)
     static = spec.is_static
     return QuantizedLinear(
         QuantizedTensor(codes, scale, offset, spec_w),

@@ -17,6 +17,11 @@ LAYER = "model.layers.0"
 EXPERTS = f"{LAYER}.mlp.experts"
 
 INT8, INT4 = TensorSpec("int8", "per_channel"), TensorSpec("int4", "per_channel")
+FP8 = TensorSpec("fp8_e4m3", "per_channel")
+FP8_TOKEN = TensorSpec("fp8_e4m3", "per_token")
+FP8_BLOCK = TensorSpec("fp8_e4m3", "per_block", group_size=128, group_rows=128)
+MXFP8 = TensorSpec("mxfp8", "per_block", group_size=32)
+MXFP4 = TensorSpec("mxfp4", "per_block", group_size=32)
 GROUP8 = TensorSpec("int8", "per_group", group_size=16)
 TOKEN, STATIC = TensorSpec("int8", "per_token"), TensorSpec("int8", "per_tensor")
 
@@ -36,12 +41,24 @@ def attention(specs: Mapping[str, QuantSpec | None], layer: int = 0) -> dict[str
     return {f"model.layers.{layer}.self_attn.{name}": spec for name, spec in specs.items()}
 
 
-@pytest.mark.parametrize("name", ["static", "static-asymmetric", "dynamic", "w8a16", "w8a16-asymmetric"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("static", "static-asymmetric", "dynamic", "w8a16", "w8a16-asymmetric", "w8a8-mix", "w4a4", "fp8"),
+        *("mxfp8", "mxfp4", "w4a8-mxfp"),
+    ],
+)
 def test_dense_linears_of_every_type_that_the_engine_has_pass(name: str, specs: Specs, planned: Plan) -> None:
     assert check(planned({f"{LAYER}.mlp.down_proj": specs[name], "lm_head": None})) == []
 
 
-@pytest.mark.parametrize("name", ["dynamic", "w4a8", "w4a16-group", "w4a16-group-asymmetric"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dynamic", "w4a8", "w4a16-group", "w4a16-group-asymmetric", "fp8"),
+        *("mxfp8", "mxfp4", "w4a8-mxfp", "w4a16-mxfp4"),
+    ],
+)
 def test_experts_of_every_type_that_the_engine_has_pass(name: str, specs: Specs, planned: Plan) -> None:
     members = ("gate_proj", "up_proj", "down_proj")
     experts = {f"{EXPERTS}.{index}.{member}": specs[name] for index in range(2) for member in members}
@@ -58,10 +75,27 @@ def test_experts_of_every_type_that_the_engine_has_pass(name: str, specs: Specs,
         (QuantSpec(TensorSpec("int8", "per_channel", False), STATIC), "asymmetric weights", "symmetric: true"),
         (QuantSpec(INT8, TensorSpec("int8", "per_token", False)), "asymmetric per_token", "symmetric: true"),
         (QuantSpec(INT4, STATIC), "int4 weights with static int8 activations", "W4A8_DYNAMIC"),
-        (QuantSpec(INT4, TensorSpec("int4", "per_token")), "int4 activations", "int8"),
+        (QuantSpec(INT8, TensorSpec("int4", "per_token")), "int8 weights with int4 activations", "int8"),
+        (QuantSpec(INT8, TensorSpec("fp8_e4m3", "per_token")), "int8 weights with fp8_e4m3 activations", "int8"),
+        (QuantSpec(INT4, TensorSpec("int8", "pd_mix", False)), "int4 weights with static", "W4A8_DYNAMIC"),
+        (QuantSpec(TensorSpec("int2", "per_channel"), FLOAT), "int2 weights", "int4"),
+        (QuantSpec(FP8, FLOAT), "fp8_e4m3 weights with float activations", "per_token"),
+        (QuantSpec(FP8, TensorSpec("fp8_e4m3", "per_tensor")), "with per_tensor fp8_e4m3 activations", "per_token"),
+        (
+            QuantSpec(TensorSpec("fp8_e4m3", "per_block", True, 128, group_rows=128), FP8_TOKEN),
+            "per_block",
+            "per_channel",
+        ),
+        (QuantSpec(MXFP8, FLOAT), "mxfp8 weights with float activations", "mxfp8"),
+        (QuantSpec(MXFP8, MXFP4), "mxfp8 weights with per_block mxfp4 activations", "mxfp8"),
+        (QuantSpec(MXFP4, TOKEN), "mxfp4 weights with per_token int8 activations", "mxfp8 or mxfp4 or float"),
+        (QuantSpec(TensorSpec("nvfp4", "per_block", True, 16), FLOAT), "nvfp4 weights", "mxfp4"),
         (QuantSpec(INT8, TensorSpec("int8", "per_channel")), "per_channel activations", "per_token"),
         (QuantSpec(TensorSpec("int8", "per_tensor"), FLOAT), "per_tensor weights", "per_channel"),
         (QuantSpec(FLOAT, TOKEN), "float weights", "int8"),
+        (QuantSpec(TensorSpec("int3", "per_channel"), FLOAT), "int3 weights", "int8, int4"),
+        (QuantSpec(TensorSpec("int2", "per_group", group_size=16), FLOAT), "int2 weights", "int8, int4"),
+        (QuantSpec(TensorSpec("int2", "per_channel"), TOKEN), "int2 weights", "int8, int4"),
     ],
 )
 def test_scheme_without_a_type_is_refused_once_with_what_is_possible(
@@ -143,6 +177,13 @@ def test_w4a16_needs_inputs_in_eights(planned: Plan) -> None:
     name = f"{EXPERTS}.0.down_proj"
     spec = QuantSpec(TensorSpec("int4", "per_group", group_size=4), FLOAT)
     assert "8 inputs into one integer" in only(planned({name: spec}, shapes={name: (64, 60)})).message
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "w4a8-mxfp"])
+def test_microscaling_needs_inputs_in_thirty_twos(name: str, specs: Specs, planned: Plan) -> None:
+    problem = only(planned({"a.proj": specs[name]}, shapes={"a.proj": (64, 48)}))
+    assert problem.fatal
+    assert "48 inputs do not fill" in problem.message
 
 
 def test_w4a8_needs_an_even_number_of_outputs(specs: Specs, planned: Plan) -> None:

@@ -41,8 +41,8 @@ def read_codes(tensors: Mapping[str, Tensor], scheme: str) -> NDArray[np.int64]:
             for column in range(columns):
                 codes[row, column] = ((int(words[row, column // 8]) >> (4 * (column % 8))) & 15) - 8
         return codes
-    stored = tensors["weight"].numpy()
-    assert stored.dtype == np.int8
+    stored = tensors["weight"].view(torch.uint8).numpy() if "MXFP" in scheme else tensors["weight"].numpy()
+    assert stored.dtype == (np.uint8 if "MXFP" in scheme else np.int8)
     if scheme != "W4A8_DYNAMIC":
         return stored.astype(np.int64)
     codes = np.zeros((stored.shape[0] * 2, stored.shape[1]), np.int64)
@@ -63,8 +63,41 @@ def read_deq_scale(stored: Tensor) -> Array:
     return wide(stored)
 
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def e4m3(byte: int) -> float:
+    """A float8 number from its bits."""
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    size = (1 + mantissa / 8) * 2.0 ** (exponent - 7) if exponent else mantissa / 8 * 2.0**-6
+    return -size if byte & 128 else size
+
+
+FLOAT8 = np.array([e4m3(byte) for byte in range(256)])
+FLOAT4 = np.array([*E2M1, *(-value for value in E2M1)])
+
+
+def read_floats(stored: Tensor, scheme: str) -> Array:
+    """The floating numbers of a weight."""
+    data = stored.view(torch.uint8).numpy()
+    if scheme.startswith("W4"):
+        assert stored.dtype == torch.uint8
+        return np.asarray(FLOAT4[np.stack((data & 15, data >> 4), -1).reshape(len(data), -1)])
+    assert stored.dtype == torch.float8_e4m3fn
+    return np.asarray(FLOAT8[data])
+
+
 def read_weight(tensors: Mapping[str, Tensor], scheme: str) -> Array:
     """The weight as the engine sees it, with the offset added to the codes before they are scaled."""
+    if "MXFP" in scheme:
+        stored = tensors["weight_scale"]
+        assert stored.dtype == torch.uint8
+        scale = 2.0 ** (wide(stored) - 127)
+        values = read_floats(tensors["weight"], scheme)
+        return np.asarray((values.reshape(*scale.shape, 32) * scale[..., None]).reshape(values.shape))
+    if "FP8" in scheme:
+        assert not tensors["weight_offset"].any()
+        return np.asarray(read_floats(tensors["weight"], scheme) * wide(tensors["weight_scale"]))
     codes = read_codes(tensors, scheme)
     scale = wide(tensors["weight_scale"])
     rows, groups = scale.shape
@@ -72,18 +105,38 @@ def read_weight(tensors: Mapping[str, Tensor], scheme: str) -> Array:
     return ((codes.reshape(rows, groups, -1) + offset[..., None]) * scale[..., None]).reshape(rows, -1)
 
 
+def float_inputs(x: Array, spec: TensorSpec) -> Array:
+    """Inputs on the nearest number of a floating type, of two the even one, scaled per token or per block of 32."""
+    table = FLOAT8[:127] if spec.bits == 8 else FLOAT4[:8]
+    blocks = x.reshape(len(x), -1, spec.group_size or x.shape[1])
+    largest = np.abs(blocks).max(2, keepdims=True)
+    if spec.dtype == "fp8_e4m3":
+        scale = (largest.astype(np.float32) / np.float32(448)).astype(np.float64)
+    else:
+        exponent = np.floor(np.log2(largest))
+        if spec.bits == 4:
+            exponent += largest / 2**exponent >= 1.75
+        scale = 2.0 ** (exponent - (8 if spec.bits == 8 else 2))
+    exact = (blocks.astype(np.float32) / scale.astype(np.float32)).astype(np.float64)
+    distance = np.abs(np.abs(exact)[..., None] - table) + 1e-12 * (np.arange(len(table)) % 2)
+    return np.asarray((np.sign(exact) * table[distance.argmin(-1)] * scale).reshape(x.shape))
+
+
 def engine_forward(tensors: Mapping[str, Tensor], spec: QuantSpec, x: Array) -> Array:
     bias = wide(tensors["bias"]) if "bias" in tensors else 0.0
-    if spec.scheme == "W8A8":
+    if spec.scheme == "W8A8" or (spec.scheme == "W8A8_MIX" and len(x) == 1):
         # The bias tensor is loaded by the engine and not added: quant_bias holds it.
         quantized = np.rint(x / wide(tensors["input_scale"]) + wide(tensors["input_offset"])).clip(-128, 127)
         sums = quantized @ read_codes(tensors, "W8A8").T.astype(np.float64) + wide(tensors["quant_bias"])
         return np.asarray(read_deq_scale(tensors["deq_scale"]) * sums)
     weight = read_weight(tensors, spec.scheme)
-    if spec.is_dynamic:
+    if not spec.activation.is_integer and not spec.activation.is_float:
+        x = float_inputs(x, spec.activation)
+    elif not spec.activation.is_float:
         # In float32, as engines do it, since a quotient beside a half would round to another code.
-        scale = (np.abs(x).max(1, keepdims=True).astype(np.float32) / np.float32(127)).astype(np.float32)
-        x = np.rint(x.astype(np.float32) / scale).clip(-128, 127).astype(np.float64) * scale.astype(np.float64)
+        top = spec.activation.qmax
+        scale = (np.abs(x).max(1, keepdims=True).astype(np.float32) / np.float32(top)).astype(np.float32)
+        x = np.rint(x.astype(np.float32) / scale).clip(-top - 1, top).astype(np.float64) * scale.astype(np.float64)
     return np.asarray(x @ weight.T + bias)
 
 
@@ -140,7 +193,9 @@ def test_encode_leaves_the_module_alone_and_yields_contiguous_cpu_tensors(
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     for tensor in store(module, "bfloat16").values():
         assert tensor.is_contiguous()
-    assert all(torch.equal(before[name], buffer) for name, buffer in module.named_buffers())
+    assert all(
+        torch.equal(before[name].view(torch.uint8), buffer.view(torch.uint8)) for name, buffer in module.named_buffers()
+    )
 
 
 def test_every_tensor_has_the_dtype_and_shape_of_the_format(

@@ -68,7 +68,7 @@ def test_model_is_called_after_its_strongest_type(
 def test_part_file_size_is_in_gib_and_only_zero_means_one_file(config: dict[str, Any], limit: int) -> None:
     saver = AscendV1Saver.from_config({"type": "ascendv1_saver", **config})
     assert saver.max_shard_bytes == limit
-    assert saver.weights_name == "quant_model_weights"
+    assert saver.weights_name(EMPTY) == "quant_model_weights"
 
 
 def test_quantization_config_is_removed_at_every_depth() -> None:
@@ -79,7 +79,7 @@ def test_quantization_config_is_removed_at_every_depth() -> None:
         "vision_config": None,
         "rope_scaling": {"quantization_config": "not a config of a part"},
     }
-    assert AscendV1Saver().edit_config(config) == {
+    assert AscendV1Saver().edit_config(config, [], EMPTY) == {
         "text_config": {"hidden_size": 4},
         "thinker_config": {"text_config": {"layers": 2}},
         "vision_config": None,

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codes of few bits as one dense stream of bits, which is how most formats store them."""
+
+from __future__ import annotations
+
+from math import ceil, gcd
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def pack_bits(codes: Tensor, bits: int, word: torch.dtype = torch.int32) -> Tensor:
+    """Pack along the last dimension: code i takes the bits from ``i * bits`` on, the lowest bit first.
+
+    With 2, 4 or 8 bits no code crosses a word; with others some do.
+
+    Args:
+        codes: uint8 [..., count], below ``2 ** bits``.
+        bits: 1 to 8.
+        word: integer type of the result. Its words are little-endian parts of the stream.
+
+    Returns:
+        ``word`` [..., words]; what is left of the last word is zero.
+    """
+    per, nbytes = _period(bits)
+    groups = _grouped(_filled(codes, -codes.shape[-1] % per), per)
+    if nbytes == 1:
+        packed = groups[..., 0].clone()
+        for place in range(1, per):
+            packed |= groups[..., place] << (bits * place)
+    else:
+        stream = groups[..., 0].to(torch.int64)
+        for place in range(1, per):
+            stream |= groups[..., place].to(torch.int64) << (bits * place)
+        packed = stream.unsqueeze(-1).view(torch.uint8)[..., :nbytes].flatten(-2)
+    room = ceil(codes.shape[-1] * bits / 8 / word.itemsize) * word.itemsize
+    return _filled(packed, room - packed.shape[-1]).contiguous().view(word)
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of ``pack_bits``.
+
+    Args:
+        packed: any integer type [..., words].
+        bits: 1 to 8.
+        count: number of codes in the last dimension.
+
+    Returns:
+        uint8 [..., count].
+    """
+    per, nbytes = _period(bits)
+    stream = packed.contiguous().view(torch.uint8)
+    need = ceil(count / per) * nbytes
+    groups = _grouped(_filled(stream, need - stream.shape[-1]), nbytes)
+    whole = groups if nbytes == 1 else _filled(groups, 8 - nbytes).view(torch.int64)
+    mask = (1 << bits) - 1
+    codes = torch.cat([((whole >> (bits * place)) & mask).to(torch.uint8) for place in range(per)], -1)
+    return codes.flatten(-2)[..., :count]
+
+
+def to_unsigned(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes, int8 from ``-2 ** (bits - 1)`` on, as uint8 from 0 on: the smallest becomes 0."""
+    return codes.view(torch.uint8) + (1 << (bits - 1))
+
+
+def to_signed(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of ``to_unsigned``: int8."""
+    return (codes - (1 << (bits - 1))).view(torch.int8)
+
+
+def _filled(values: Tensor, count: int) -> Tensor:
+    """With so many zeros behind each row, or so many values less."""
+    return F.pad(values, (0, count)) if count else values
+
+
+def _grouped(values: Tensor, size: int) -> Tensor:
+    """[..., n * size] -> [..., n, size]."""
+    return values.reshape(*values.shape[:-1], values.shape[-1] // size, size)
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """The fewest codes that fill whole bytes, and how many bytes."""
+    common = gcd(bits, 8)
+    return 8 // common, bits // common
