@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from modelslim.types import LinearInfo, Problem, ProcessRequest, QuantSpec, Subgraph
+from modelslim.types import CacheInfo, LinearInfo, Problem, ProcessRequest, QuantSpec, Subgraph, TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from modelslim.kv_cache import QuantizedCache
     from modelslim.statistics import Statistic, UnitStatistics
 
 Pattern = tuple[tuple[str | int, ...], str]
@@ -37,8 +38,13 @@ class Unit:
             algorithm of the run requires the hook.
         module: the unit itself; None for what lies outside all units.
         calls: the calls of the unit on the calibration samples, with their arguments, for an
-            algorithm that ``replays``: ``unit.module.forward(*call.args, **call.kwargs)`` gives the
-            float output. Empty for others, and while planning. Arguments must not be changed.
+            algorithm that ``replays``: ``unit.module.forward(*call.args, **call.kwargs)`` computes one.
+            Empty for others, and while planning. Arguments must not be changed.
+        caches: what the plan gave to *this* algorithm of the unit's key/value caches, by the names of the modules
+            through which keys and values enter them, which are measured like linears.
+        targets: what the unit returns for each of these calls in the float model, whose earlier units
+            are float too; so they differ from the output on ``calls`` when those carry the errors of
+            earlier units. Must not be changed.
     """
 
     name: str
@@ -48,6 +54,8 @@ class Unit:
     subgraphs: Sequence[Subgraph] = ()
     module: nn.Module | None = None
     calls: Sequence[ProcessRequest] = ()
+    targets: Sequence[Any] = ()
+    caches: Mapping[str, TensorSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,23 +99,32 @@ class Algorithm(Processor, ABC):
         takes_experts: True when ``apply`` takes the linears of fused experts, an ``ExpertLinear`` for
             all experts of a layer, and answers with ``QuantizedExperts``. ``select`` sees each
             expert's linears one by one in any case. The plan refuses to give them to other algorithms.
+        takes_caches: True when it quantizes key/value caches: its ``patterns`` are those of attentions, and the
+            engine calls ``select_caches`` while planning and ``quantize_caches`` after ``apply``.
         rescales: True when ``apply`` changes what flows into linears without changing the model, and
             says so by ``statistics.rescale``. Later algorithms then see statistics that followed; what
             cannot follow is measured in another pass.
+        shifts: True when it rescales, and subtracts a shift as well, which fewer statistics follow.
         compensates: True when it makes up for errors of earlier layers, which it can only see in
             inputs that passed them quantized: the default of ``propagation``.
         replays: True when ``apply`` runs the unit on its calibration inputs itself, as a trained
-            rounding does; gradients are off around it, so it turns them on where it wants them.
+            rounding does; gradients are off around it, so it turns them on where it wants them. A module that
+            it lets stand in for a linear gets ``carry_input_multiplier``.
+        samples: how many calibration samples it wants at most, evenly spread; None for all. A run takes
+            as many as its algorithms want that calibrate.
         fallback: what becomes of its linears where the result is bad; None keeps them.
     """
 
     rescales: bool = False
+    shifts: bool = False
     compensates: bool = False
     replays: bool = False
+    samples: int | None = None
     fallback: Fallback | None = None
 
     requires: ClassVar[frozenset[str]] = frozenset()
     takes_experts: ClassVar[bool] = False
+    takes_caches: ClassVar[bool] = False
 
     @classmethod
     def expand(cls, config: Mapping[str, Any]) -> Sequence[Entry]:
@@ -146,6 +163,25 @@ class Algorithm(Processor, ABC):
     def edits(self, unit: Unit) -> frozenset[str]:
         """Full names of the parameters that ``apply`` changes in place, or adds; the unit may be on meta."""
         return frozenset()
+
+    def multiplies_inputs(self, unit: Unit) -> frozenset[str]:
+        """Names of the linears to which ``apply`` gives ``multiply_inputs``; the unit may be on meta.
+
+        The core lets quantized linears inherit the multiplier, and takes it from those that stay float.
+        """
+        return frozenset()
+
+    def select_caches(self, caches: Sequence[CacheInfo]) -> Mapping[str, TensorSpec]:
+        """Which caches become what, by name.
+
+        Args:
+            caches: all places where keys or values of the model enter a cache.
+        """
+        return {}
+
+    def quantize_caches(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, QuantizedCache]:
+        """What takes the places of the unit's caches, by name; arguments and errors as of ``apply``."""
+        return {}
 
     @abstractmethod
     def apply(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, nn.Module]:

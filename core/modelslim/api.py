@@ -21,11 +21,39 @@ from modelslim.errors import (
 )
 from modelslim.experts import WHOLE, ExpertLinear, FusedExperts
 from modelslim.hookspecs import hookimpl
+from modelslim.kv_cache import QuantizedCache
+from modelslim.multipliers import carry_input_multiplier, multiply_inputs
+from modelslim.number_formats import e2m1_nibbles, from_e2m1_nibbles, from_e8m0, to_e8m0
+from modelslim.packing import pack_bits, to_signed, to_unsigned, unpack_bits
 from modelslim.patterns import Selector
-from modelslim.quantized import QuantizedExperts, QuantizedLinear, QuantizedTensor, range_to_scale
-from modelslim.saver import PlannedModel, SavedLinear, Saver, TensorRecord
+from modelslim.planned import (
+    FUSED,
+    PlannedLinear,
+    check_experts,
+    check_fused,
+    check_tied_head,
+    group_by_spec,
+    listed,
+    planned_linears,
+    scheme_in_words,
+)
+from modelslim.qconfig import check_group_sizes, parse_activation, parse_qconfig, parse_weight
+from modelslim.quantized import QuantizedExperts, QuantizedLinear, QuantizedTensor
+from modelslim.sampling import choose_samples
+from modelslim.saved_config import without_quantization
+from modelslim.saver import PlannedModel, SavedCache, SavedLinear, Saver, TensorRecord
+from modelslim.scales import (
+    from_codes,
+    largest_magnitudes,
+    range_to_scale,
+    rounded_inputs,
+    spread,
+    to_codes,
+    whole_scale,
+)
 from modelslim.statistics import (
     ChannelAbsMean,
+    ChannelEnergy,
     ChannelRange,
     Gram,
     RowSample,
@@ -36,6 +64,8 @@ from modelslim.statistics import (
 )
 from modelslim.types import (
     FLOAT,
+    AttentionCache,
+    CacheInfo,
     DecodedTensor,
     LinearInfo,
     Problem,
@@ -50,10 +80,14 @@ from modelslim.vlm_dataset import VlmCalibSample
 
 __all__ = [
     "FLOAT",
+    "FUSED",
     "WHOLE",
     "Algorithm",
+    "AttentionCache",
+    "CacheInfo",
     "CapabilityError",
     "ChannelAbsMean",
+    "ChannelEnergy",
     "ChannelRange",
     "Checkpoint",
     "DatasetError",
@@ -68,6 +102,7 @@ __all__ = [
     "ModelError",
     "ModelSlimError",
     "Pattern",
+    "PlannedLinear",
     "PlannedModel",
     "PluginError",
     "Problem",
@@ -76,11 +111,13 @@ __all__ = [
     "ProtocolError",
     "QuantSpec",
     "QuantizationError",
+    "QuantizedCache",
     "QuantizedExperts",
     "QuantizedLinear",
     "QuantizedTensor",
     "RowSample",
     "SaveError",
+    "SavedCache",
     "SavedLinear",
     "Saver",
     "Selector",
@@ -98,9 +135,38 @@ __all__ = [
     "VlmCalibSample",
     "WeightSource",
     "add_bias",
+    "carry_input_multiplier",
+    "check_experts",
+    "check_fused",
+    "check_group_sizes",
+    "check_tied_head",
+    "choose_samples",
     "drive",
+    "e2m1_nibbles",
+    "from_codes",
+    "from_e2m1_nibbles",
+    "from_e8m0",
+    "group_by_spec",
     "hookimpl",
+    "largest_magnitudes",
+    "listed",
+    "multiply_inputs",
     "nearest",
     "one_thread",
+    "pack_bits",
+    "parse_activation",
+    "parse_qconfig",
+    "parse_weight",
+    "planned_linears",
     "range_to_scale",
+    "rounded_inputs",
+    "scheme_in_words",
+    "spread",
+    "to_codes",
+    "to_e8m0",
+    "to_signed",
+    "to_unsigned",
+    "unpack_bits",
+    "whole_scale",
+    "without_quantization",
 ]

@@ -77,6 +77,7 @@ class Checkpoint:
     Args:
         path: directory with safetensors files, found by ``model.safetensors.index.json``, else
             ``model.safetensors``, else every ``*.safetensors``.
+        stored: its tensors, where somebody has found them already.
 
     Attributes:
         stored: every tensor as it lies on the disk, by name.
@@ -86,13 +87,13 @@ class Checkpoint:
         ModelError: something is missing, truncated or contradicts itself; says which file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stored: Mapping[str, StoredTensor] | None = None) -> None:
         self.path = path
         if not path.exists():
             raise ModelError(f"{path}: no such directory", hint="--model_path is the directory that holds config.json")
         if not path.is_dir():
             raise ModelError(f"{path} is a file", hint="--model_path is the directory that holds config.json")
-        self.stored: Mapping[str, StoredTensor] = _find_tensors(path)
+        self.stored: Mapping[str, StoredTensor] = _find_tensors(path) if stored is None else stored
         self.tensors: Mapping[str, StoredTensor] = self.stored
         self._decoded: Mapping[str, DecodedTensor] = {}
         self._files: dict[Path, int] = {}

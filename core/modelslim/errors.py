@@ -98,6 +98,10 @@ class SaveError(ModelSlimError):
     """The result could not be written."""
 
 
+class VerificationError(ModelSlimError):
+    """A quantized checkpoint is not what its format promises or its engine needs; one diagnostic per fault."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint that offers the nearest of ``known`` to ``word``, else lists them; empty when there are none."""
     names = sorted(set(known))

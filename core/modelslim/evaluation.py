@@ -19,7 +19,8 @@ from modelslim.checkpoint import Checkpoint
 from modelslim.devices import resolve_device
 from modelslim.errors import CapabilityError, DatasetError, ModelError
 from modelslim.registry import Registry
-from modelslim.saved import RunOptions, SavedModel, saved_linears
+from modelslim.saved import RunOptions, SavedModel, saved_caches, saved_linears
+from modelslim.saved_config import opened_as_float
 from modelslim.session import Session
 
 _ROWS = 64  # tokens whose log-probabilities are in memory at once
@@ -76,10 +77,16 @@ def evaluate(
         raise DatasetError("the evaluation text is empty", hint="give a text of at least a few hundred words")
     registry = Registry.scan()
     options = RunOptions(registry, resolve_device(device), None if dtype == "model" else dtype, trust_remote_code)
-    with Checkpoint(float_path) as float_checkpoint, Checkpoint(path) as checkpoint, torch.no_grad():
+    with (
+        Checkpoint(float_path) as float_checkpoint,
+        Checkpoint(path) as checkpoint,
+        opened_as_float(checkpoint) as directory,
+        torch.no_grad(),
+    ):
         saved = saved_linears(checkpoint, registry)
         reference = SavedModel(float_checkpoint, options)
-        quantized = SavedModel(checkpoint, options, reference.places(saved))
+        quantized = SavedModel(checkpoint, options, reference.places(saved), directory)
+        quantized.put_caches(reference.cache_places(saved_caches(checkpoint, registry)))
         if reference.units != quantized.units:
             raise ModelError(f"{path} and {float_path} are different models", hint="give the float model it came from")
         windows = _windows(reference.session, text, window, max_tokens, options.device)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from modelslim.multipliers import without_observers
+
 WHOLE = slice(None)
 
 
@@ -139,8 +141,8 @@ class FusedExperts(nn.Module):
                 alone = [0] * self.num_experts
                 alone[expert] = tokens
                 second(self._activation(first(hidden_states, alone)), alone)
-        # Observers hang on the call of a module; calling forward passes them by.
-        run_first, run_second = (first.forward, second.forward) if self.show_all else (first, second)
+        # Observers hang on the call of a module.
+        run_first, run_second = (without_observers(one) if self.show_all else one for one in (first, second))
         y = run_second(self._activation(run_first(hidden_states[order // k], counts)), counts)
         y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
         restored = torch.empty_like(y)

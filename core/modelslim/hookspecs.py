@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from modelslim.types import DecodedTensor, ProcessRequest, Topology, WeightSource
+from modelslim.types import AttentionCache, DecodedTensor, ProcessRequest, Topology, WeightSource
 
 if TYPE_CHECKING:
     from torch import nn
@@ -231,6 +231,8 @@ def get_adapter_config_for_subgraph(model: nn.Module) -> Topology:  # type: igno
     """Say what smoothing may rescale, and what it may not and why.
 
     A subgraph that forgets a reader of its source changes what the model computes, and no error tells it.
+    One of type ``non-fusion`` has no source: its targets read one tensor that nothing can divide. It is used only
+    where an algorithm asks for the type, and for targets that are quantized.
     Prove yours on a tiny model: divide, multiply, compare the outputs.
 
     Args:
@@ -249,6 +251,30 @@ def get_adapter_config_for_subgraph(model: nn.Module) -> Topology:  # type: igno
                 tuple(Subgraph("norm-linear", f"{layer}.norm", (f"{layer}.gate", f"{layer}.up")) for layer in layers),
                 {"layers.*.down": "the gate is applied to its input after a softmax over the channels"},
             )
+    """
+
+
+@hookspec(firstresult=True)
+def get_kv_caches(model: nn.Module) -> Sequence[AttentionCache]:  # type: ignore[empty-body]
+    """Name the attentions whose keys and values an engine keeps in a cache, head by head.
+
+    Args:
+        model: the model, possibly on meta.
+
+    Returns:
+        One entry per attention. When it is called with ``past_key_values``, each of them must show all its keys and
+        values, in the form in which they are kept, by ``past_key_values.update``. Absent: algorithms that quantize
+        caches are refused by the plan.
+
+    Raises:
+        CapabilityError: it cannot be told; says why.
+
+    Example::
+
+        @hookimpl
+        def get_kv_caches(self, model):
+            names = [f"layers.{index}.attention" for index in range(len(model.layers))]
+            return [AttentionCache(name, f"{name}.k", f"{name}.v", heads=8, head_size=64) for name in names]
     """
 
 

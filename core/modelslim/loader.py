@@ -63,6 +63,11 @@ class Loader:
         last = bisect_left(self._sorted, f"{prefix}/") if prefix else len(self._sorted)
         return list({self._names[name][0]: name for name in self._sorted[first:last]}.values())
 
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """What it fills, parameters and buffers by name, on meta."""
+        return self._meta
+
     def source(self, name: str) -> WeightSource:
         """Where a parameter comes from.
 

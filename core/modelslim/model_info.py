@@ -29,6 +29,10 @@ class Bank:
     linears: Sequence[Sequence[LinearInfo]]
     rows: Sequence[slice]
 
+    def is_whole(self, size: int) -> bool:
+        """True when each part is made of whole blocks of so many rows; the last one may be smaller."""
+        return size == 1 or all(rows.step in (None, 1) and not (rows.start or 0) % size for rows in self.rows)
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -123,6 +127,23 @@ def describe(model: nn.Module, visit: Sequence[ProcessRequest], loader: Loader) 
         key = dtype_name(parameter.dtype)
         sizes[key] = sizes.get(key, 0) + parameter.numel()
     return ModelInfo(units, linears, max(sizes, key=lambda key: sizes[key]), frozenset(modules), kept, banks)
+
+
+def other_matrices(
+    model: nn.Module, info: ModelInfo, loader: Loader, shapes: Mapping[str, tuple[int, ...]]
+) -> frozenset[str]:
+    """Owners of weights with two or more dimensions that are no linears of the model, by stored name; no embeddings.
+
+    Args:
+        model: on meta.
+        info: what ``describe`` found in it.
+        loader: knows the stored names.
+        shapes: every stored tensor with its shape.
+    """
+    embeddings = {_stored_name(name, loader) for name, one in model.named_modules() if isinstance(one, nn.Embedding)}
+    stored = {name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) > 1}
+    owners = {name for name in stored if f"{name}.weight" in shapes}
+    return frozenset(owners - embeddings - {linear.stored for linear in info.linears.values()})
 
 
 def _numbers_of_experts(modules: Mapping[str, nn.Module]) -> dict[str, int]:

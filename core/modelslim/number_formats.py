@@ -48,15 +48,16 @@ def from_e2m1_nibbles(nibbles: Tensor) -> Tensor:
     return table.to(nibbles.device)[nibbles.to(torch.int64)]
 
 
-def power_of_two(values: Tensor) -> Tensor:
+def power_of_two(values: Tensor, up_from: float = 2.0) -> Tensor:
     """The largest power of two that is not above each value, float32; of zero, the least that is normal.
 
     Args:
         values: floating, not negative, finite.
+        up_from: mantissa, in [1, 2), from which the next power is taken; 2 never takes it.
     """
-    _, exponent = torch.frexp(values.to(torch.float32))
-    exponent = torch.where(values > 0, exponent - 1, _LEAST_EXPONENT).clamp_(_LEAST_EXPONENT, _LARGEST_EXPONENT)
-    return _exp2(exponent)
+    mantissa, exponent = torch.frexp(values.to(torch.float32))  # mantissa in [0.5, 1)
+    exponent = exponent - 1 + (mantissa >= up_from / 2).to(exponent.dtype)
+    return _exp2(torch.where(values > 0, exponent, _LEAST_EXPONENT).clamp_(_LEAST_EXPONENT, _LARGEST_EXPONENT))
 
 
 def to_e8m0(scale: Tensor) -> Tensor:

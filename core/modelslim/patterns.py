@@ -57,6 +57,12 @@ class Selector:
             and not any(matches(linear, pattern) for pattern in self.exclude)
         ]
 
+    def takes(self, name: str) -> bool:
+        """True when a name, of something else than a linear, is included and not excluded."""
+        return any(matches_name(name, pattern) for pattern in self.include) and not any(
+            matches_name(name, pattern) for pattern in self.exclude
+        )
+
     def patterns(self) -> list[tuple[tuple[str | int, ...], str]]:
         """Every pattern with its place in the processor's configuration."""
         fields = (("include", self.include), ("exclude", self.exclude))

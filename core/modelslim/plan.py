@@ -18,25 +18,30 @@ from modelslim.checkpoint import Checkpoint
 from modelslim.dataset import find_dataset, read_samples
 from modelslim.devices import resolve_device
 from modelslim.edits import stored_name
+from modelslim.engine_rules import Target, choose_target, find_problems
 from modelslim.errors import DatasetError, Diagnostic, ModelSlimError, ProtocolError
 from modelslim.guard import prove_forward
+from modelslim.kv_cache import attentions, open_places
 from modelslim.loader import Loader
-from modelslim.model_info import ModelInfo, describe
-from modelslim.plan_checks import (
-    Checks,
-    Step,
+from modelslim.model_info import ModelInfo, describe, other_matrices
+from modelslim.plan_caches import cache_specs, check_stored, with_caches, with_held_cache_scales
+from modelslim.plan_checks import Checks, Step, with_scale_dtypes
+from modelslim.plan_topology import (
+    as_used,
     find_added_biases,
+    find_multiplied,
+    find_rescaled,
     find_topology,
-    with_scale_dtypes,
     with_subgraphs,
 )
 from modelslim.protocol.document import shorten
 from modelslim.protocol.model import Protocol
 from modelslim.protocol.validate import read_protocol
 from modelslim.registry import Registry
+from modelslim.sampling import choose_samples
 from modelslim.saver import PlannedModel, Saver
 from modelslim.session import Session
-from modelslim.types import QuantSpec, Topology
+from modelslim.types import Problem, QuantSpec, Topology
 from modelslim.vlm_dataset import read_vlm_samples
 
 DEFAULT_RUNNER = "layer_wise"
@@ -63,7 +68,9 @@ class Plan:
         runner: name of the runner.
         registry: the installed plugins.
         topology: what smoothing may rescale; None when no algorithm asks.
+        rescaled: full names of the parameters that smoothing changes.
         added: full names of the biases that smoothing adds to modules without one.
+        target: the engine that the result is checked for; None when no contract of it is known.
         warnings: what the user should know and what does not stop the run.
     """
 
@@ -83,7 +90,9 @@ class Plan:
     runner: str
     registry: Registry
     topology: Topology | None
+    rescaled: frozenset[str]
     added: frozenset[str]
+    target: Target | None
     warnings: Sequence[str]
 
     @property
@@ -96,6 +105,11 @@ class Plan:
         """True when a unit's quantized outputs, not its float ones, calibrate the next."""
         asked = self.protocol.propagation
         return asked == "quantized" or (asked == "auto" and any(step.algorithm.compensates for step in self.steps))
+
+    @property
+    def replays(self) -> bool:
+        """True when an algorithm runs units itself and wants to know what the float model gives."""
+        return any(step.algorithm.replays for step in self.steps)
 
     def claimed(self, unit: str) -> dict[str, QuantSpec]:
         """What the modules of a unit become whose linears are quantized, by name."""
@@ -114,7 +128,15 @@ class Plan:
             sizes[stored_name(parameter, self.loader.sources)] = weight.shape[0] * weight.element_size()
         for name, spec in self.specs.items():
             sizes.update(self.saver.encoded_sizes(self.planned.linears[name], spec, self.info.dtype))
+        for name, cache in self.planned.caches.items():
+            sizes.update(self.saver.cache_sizes(cache, self.planned.cache_specs[name], self.info.dtype))
         return sizes
+
+    @cached_property
+    def left_out(self) -> frozenset[str]:
+        """Stored tensors that no parameter of the model takes; they are copied."""
+        taken = {key for source in self.loader.sources.values() for key in source.keys}
+        return frozenset(self.checkpoint.tensors.keys() - taken)
 
     @cached_property
     def replaced(self) -> frozenset[str]:
@@ -133,6 +155,8 @@ def make_plan(
     device: str | None = None,
     model_type: str | None = None,
     trust_remote_code: bool = False,
+    engine: str | None = None,
+    tp: int = 1,
     observers: Sequence[tuple[str, object]] = (),
 ) -> Plan:
     """Resolve a run and refuse what cannot work, all mistakes of the protocol at once.
@@ -143,6 +167,9 @@ def make_plan(
         device: ``cpu``, ``cuda:0``, ...; None for the best that is there.
         model_type: published model name or model_type; None to go by config.json.
         trust_remote_code: allow code of the checkpoint to run.
+        engine: refuse what this engine does not load, such as ``vllm-ascend`` or ``vllm-0.32``; None to be warned
+            of what the engine that the format is for does not load.
+        tp: the engine's degree of tensor parallelism.
         observers: further plugins of this run, by name.
 
     Raises:
@@ -154,7 +181,7 @@ def make_plan(
     if protocol is None:
         raise _refusal(config_path, diagnostics)
     with _together_with(diagnostics):
-        target = resolve_device(device)
+        resolved = resolve_device(device)
         checkpoint = Checkpoint(model_path)
         kind, name, remark = choose_adapter(checkpoint.config, model_type, registry)
         session = open_session(
@@ -162,7 +189,7 @@ def make_plan(
         )
         checkpoint.decode(session.get_decoded_tensors(checkpoint.stored))
         model = session.init_model("meta")
-        loader = Loader(model, checkpoint, session.get_weight_sources(model, checkpoint.shapes), target)
+        loader = Loader(model, checkpoint, session.get_weight_sources(model, checkpoint.shapes), resolved)
         loader.require_fit()
         info = describe(model, list(session.generate_model_visit(model)), loader)
     checks = Checks(protocol.document, info, diagnostics)
@@ -176,9 +203,21 @@ def make_plan(
     topology = find_topology(steps, session, model)
     if topology is not None:
         steps = with_subgraphs(steps, topology)
-    added = find_added_biases(steps, info, model)
+    with _together_with(diagnostics):
+        steps, caches = with_caches(steps, session, model, info, checks)
+        steps = with_held_cache_scales(steps, saver, info.dtype)
+        open_places(model, attentions(caches))
+    multiplied = find_multiplied(steps, info, model)
+    if topology is not None:
+        topology = as_used(topology, multiplied)
+    rescaled = find_rescaled(steps, info, model)
+    added = find_added_biases(rescaled, model)
     linears = {
-        linear: replace(one, has_bias=True) if f"{one.module}.bias" in added else one
+        linear: replace(
+            one,
+            has_bias=one.has_bias or f"{one.module}.bias" in added,
+            has_multiplier=one.module in multiplied,
+        )
         for linear, one in info.linears.items()
     }
     planned = PlannedModel(
@@ -187,17 +226,29 @@ def make_plan(
         linears,
         specs,
         frozenset(checkpoint.tensors),
-        frozenset(linear for linear, one in linears.items() if one is not info.linears[linear]),
+        frozenset(linear for linear, one in linears.items() if one.has_bias and not info.linears[linear].has_bias),
+        other_matrices(model, info, loader, checkpoint.shapes),
+        caches,
+        cache_specs(steps),
     )
-    checks.saver(saver, planned, protocol.save[0].path, steps)
-    checks.fallbacks(saver, planned, steps)
+    with _together_with(diagnostics):
+        target = choose_target(engine, tp, saver, registry)
+
+    def problems(result: PlannedModel) -> Sequence[Problem]:
+        return [*saver.check(result), *(find_problems(target, protocol.save[0].type, result) if target else ())]
+
+    checks.saver(problems, planned, protocol.save[0].path, steps)
+    checks.fallbacks(problems, saver, planned, steps)
     checks.shared(steps, loader.sources)
     checks.edits(steps, model, loader.sources)
+    checks.multipliers(saver, multiplied)
+    check_stored(steps, saver, checks)
     calibrate = needs_calibration(steps, info, model)
     checks.hooks(steps, session, calibrate)
     dataset = _find_dataset(protocol, checks, registry, config_path.parent, calibrate)
     with _together_with(diagnostics):
         samples, remarks = _read(dataset, protocol)
+        samples = _wanted(samples, steps, info, model)
         unproven = prove_forward(session, model, checkpoint, kind, name, trust_remote_code, registry) if samples else []
     runner, about_runner = _runner(protocol)
     if diagnostics:
@@ -215,11 +266,13 @@ def make_plan(
         planned=planned,
         samples=samples,
         dataset=dataset,
-        device=target,
+        device=resolved,
         runner=runner,
         registry=registry,
         topology=topology,
+        rescaled=rescaled,
         added=added,
+        target=target,
         warnings=[
             *([remark] if remark else []),
             *about_runner,
@@ -252,6 +305,13 @@ def _read(dataset: Path | None, protocol: Protocol) -> tuple[Sequence[Any], list
     return read_samples(dataset), []
 
 
+def _wanted(samples: Sequence[Any], steps: Sequence[Step], info: ModelInfo, model: nn.Module) -> Sequence[Any]:
+    """As many of the samples as the algorithms want that calibrate, evenly spread."""
+    limits = [step.algorithm.samples for step in steps if needs_calibration([step], info, model)]
+    most = max((len(samples) if limit is None else limit for limit in limits), default=0)
+    return choose_samples(samples, most)
+
+
 def _runner(protocol: Protocol) -> tuple[str, list[str]]:
     """Name of the runner, and what the user should know about it."""
     if protocol.runner in ("auto", DEFAULT_RUNNER):
@@ -273,8 +333,8 @@ def _together_with(diagnostics: Sequence[Diagnostic]) -> Iterator[None]:
 
 
 def needs_calibration(steps: Sequence[Step], info: ModelInfo, model: nn.Module) -> bool:
-    """True when an algorithm wants statistics of some unit."""
-    return any(step.algorithm.needs(step.unit(unit, model)) for unit in (*info.units, "") for step in steps)
+    """True when an algorithm wants to know what flows through some unit."""
+    return any(step.calibrates(step.unit(unit, model)) for unit in (*info.units, "") for step in steps)
 
 
 def _left_float(info: ModelInfo, model: nn.Module) -> list[str]:

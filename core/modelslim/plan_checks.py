@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,12 +18,13 @@ from modelslim.protocol.model import Protocol
 from modelslim.registry import Registry
 from modelslim.saver import PlannedModel, Saver
 from modelslim.session import Session
-from modelslim.types import Problem, QuantSpec, Subgraph, Topology, WeightSource
+from modelslim.types import Problem, QuantSpec, Subgraph, TensorSpec, WeightSource
 
 if TYPE_CHECKING:
     from torch import nn
 
 Place = tuple[str | int, ...]
+Check = Callable[[PlannedModel], Sequence[Problem]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Step:
         specs: what it makes of which linears; empty for an algorithm that quantizes nothing itself.
         info: the model's structure.
         subgraphs: what smoothing may rescale, by unit; empty unless some algorithm wants to know.
+        caches: what it makes of which key/value caches.
     """
 
     algorithm: Algorithm
@@ -43,6 +45,7 @@ class Step:
     specs: Mapping[str, QuantSpec]
     info: ModelInfo
     subgraphs: Mapping[str, Sequence[Subgraph]] = field(default_factory=dict)
+    caches: Mapping[str, TensorSpec] = field(default_factory=dict)
 
     def unit(self, name: str, model: nn.Module) -> Unit:
         """The unit as this algorithm sees it.
@@ -55,7 +58,16 @@ class Step:
         specs = {linear: self._by_module[linear] for linear in linears if linear in self._by_module}
         module = model.get_submodule(name) if name else None
         modules = dict(module.named_modules(prefix=name)) if module is not None else {}
-        return Unit(name, linears, specs, modules, self.subgraphs.get(name, ()), module)
+        caches = {one: spec for one, spec in self.caches.items() if one.startswith(f"{name}.")} if name else {}
+        return Unit(name, linears, specs, modules, self.subgraphs.get(name, ()), module, caches=caches)
+
+    def replays(self, unit: Unit) -> bool:
+        """True when the algorithm runs this unit on its calibration inputs."""
+        return self.algorithm.replays and unit.module is not None and bool(unit.specs)
+
+    def calibrates(self, unit: Unit) -> bool:
+        """True when the algorithm wants to know what flows through this unit."""
+        return bool(self.algorithm.needs(unit)) or self.replays(unit)
 
     @cached_property
     def _by_module(self) -> Mapping[str, QuantSpec]:
@@ -88,7 +100,8 @@ class Checks:
         steps = []
         for path, config in self._unfold(entries, registry):
             algorithm = registry.load("algorithms", config["type"]).from_config(config)
-            self._check_patterns(algorithm, path)
+            if not algorithm.takes_caches:
+                self._check_patterns(algorithm, path)
             specs = algorithm.select(linears)
             self._check_claims(specs, path, claimed)
             self._check_banks(specs, path, algorithm, config["type"])
@@ -122,28 +135,39 @@ class Checks:
                 "quantize activations per_token, which needs no calibration",
             )
 
-    def saver(self, saver: Saver, model: PlannedModel, path: Place, steps: Sequence[Step]) -> None:
-        """Refuse what the saver cannot write."""
+    def saver(self, check: Check, model: PlannedModel, path: Place, steps: Sequence[Step]) -> None:
+        """Refuse what the saver cannot write, or the engine not load."""
         origin = {linear: step.path for step in steps for linear in step.specs}
-        if not origin and not self.diagnostics:
+        if not origin and not model.caches and not self.diagnostics:
             self.refuse(
                 ("spec", "process"), "selects no linear: nothing would be quantized", "check include and exclude"
             )
-        for problem in saver.check(model):
+        for problem in check(model):
             self._add(problem, path, origin)
 
-    def fallbacks(self, saver: Saver, model: PlannedModel, steps: Sequence[Step]) -> None:
-        """Refuse a fallback that the saver cannot write."""
+    def fallbacks(self, check: Check, saver: Saver, model: PlannedModel, steps: Sequence[Step]) -> None:
+        """Refuse a fallback that the saver cannot write, or the engine not load."""
         rules = [(step, step.algorithm.fallback.spec) for step in steps if step.algorithm.fallback is not None]
         wanted = [(step, spec) for step, spec in rules if spec is not None]
         # Asked only for those that want it: a saver looks at every linear, of which there may be tens of thousands.
-        known = {problem.message for problem in saver.check(model)} if wanted else set()
+        known = {problem.message for problem in check(model)} if wanted else set()
         for step, spec in wanted:
             held = with_held_scales(spec, saver, model.dtype)
             fallen = replace(model, specs={**model.specs, **dict.fromkeys(step.specs, held)})
-            for problem in saver.check(fallen):
+            for problem in check(fallen):
                 if problem.fatal and problem.message not in known:
                     self.refuse((*step.path, "fallback", "to"), problem.message, problem.hint)
+
+    def multipliers(self, saver: Saver, multiplied: Mapping[str, Step]) -> None:
+        """Refuse multiplications at run time for which the format has no place."""
+        if multiplied and not saver.stores_multipliers:
+            name, step = next(iter(multiplied.items()))
+            more = f" and {len(multiplied) - 1} others" if len(multiplied) > 1 else ""
+            self.refuse(
+                step.path,
+                f"multiplies the input of {name}{more} at run time, which the format has no place for",
+                "take non-fusion out of enable_subgraph_type, or write another format",
+            )
 
     def edits(self, steps: Sequence[Step], model: nn.Module, sources: Mapping[str, WeightSource]) -> None:
         """Refuse to change weights that cannot be written back in the form in which they are stored."""
@@ -254,6 +278,15 @@ class Checks:
         mixed: list[tuple[list[str], list[str]]] = []
         for bank in self._info.banks.values():
             names = [linear.name for linears in bank.linears for linear in linears]
+            spec = specs.get(names[0])
+            if spec is not None and not bank.is_whole(spec.weight.group_rows):
+                self.refuse(
+                    (*path, "qconfig", "weight"),
+                    f"blocks of {spec.weight.group_rows} rows would cross from one linear to another in the weight "
+                    f"that holds {names[0]} and {names[1] if len(names) > 1 else 'others'}",
+                    "use scope per_channel for experts",
+                )
+                return
             chosen = [name for name in names if name in specs]
             if chosen and len({specs.get(name) for name in names}) > 1:
                 mixed.append((chosen, [name for name in names if name not in specs]))
@@ -293,41 +326,6 @@ def with_held_scales(spec: QuantSpec, saver: Saver, model_dtype: str) -> QuantSp
     """The spec with the scale types in which the saver's engine will hold the scales."""
     weight, activation = saver.scale_dtypes(spec, model_dtype)
     return QuantSpec(replace(spec.weight, scale_dtype=weight), replace(spec.activation, scale_dtype=activation))
-
-
-def find_topology(steps: Sequence[Step], session: Session, model: nn.Module) -> Topology | None:
-    """What smoothing may rescale, when one of the steps wants to know and the adapter can tell."""
-    hook = "get_adapter_config_for_subgraph"
-    if any(hook in step.algorithm.requires for step in steps) and session.has(hook):
-        return session.get_adapter_config_for_subgraph(model)
-    return None
-
-
-def find_added_biases(steps: Sequence[Step], info: ModelInfo, model: nn.Module) -> frozenset[str]:
-    """Full names of the biases that smoothing adds to modules without one.
-
-    Raises:
-        CapabilityError: an algorithm would have to add one where there cannot be one.
-    """
-    edited = {
-        name
-        for step in steps
-        if step.algorithm.rescales
-        for unit in info.units
-        for name in step.algorithm.edits(step.unit(unit, model))
-    }
-    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in edited if name.endswith(".bias")}
-    return frozenset(name for name, owner in owners.items() if getattr(owner, "bias", None) is None)
-
-
-def with_subgraphs(steps: Sequence[Step], topology: Topology) -> list[Step]:
-    """The steps with the subgraphs of each unit."""
-    by_unit: dict[str, list[Subgraph]] = {}
-    for subgraph in topology.subgraphs:
-        name = subgraph.targets[0]
-        unit = next((unit for unit in steps[0].info.units if name.startswith(f"{unit}.")), "")
-        by_unit.setdefault(unit, []).append(subgraph)
-    return [replace(step, subgraphs=by_unit) for step in steps]
 
 
 def _nearest_part(pattern: str, info: ModelInfo) -> str:

@@ -65,6 +65,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "adapter": plan.adapter,
         "device": plan.device,
         "runner": plan.runner,
+        "engine": plan.target.contract.name if plan.target else None,
         "units": len(plan.info.units),
         "dataset": str(plan.dataset) if plan.dataset else None,
         "samples": len(plan.samples),

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -46,6 +47,7 @@ class PortCollector:
         # By identity and version of the tensor, which is kept so that no other can take its identity.
         self._seen: dict[tuple[int, int], tuple[Tensor, list[Port]]] = {}
         self._handles: list[RemovableHandle] = []
+        self._paused = False
 
     def __enter__(self) -> PortCollector:
         self._handles = [
@@ -66,6 +68,15 @@ class PortCollector:
     def next_sample(self) -> None:
         """Forget which tensors the last forward showed."""
         self._seen.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Measure nothing while this is open."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     @property
     def wanted(self) -> frozenset[str]:
@@ -95,6 +106,8 @@ class PortCollector:
 
     def _hook(self, name: str) -> Any:
         def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._paused:
+                return
             x: Tensor = args[0] if args else kwargs["input"]
             _, known = self._seen.setdefault((id(x), _version(x)), (x, []))
             if name not in self._ports:
@@ -109,6 +122,8 @@ class PortCollector:
 
     def _expert_hook(self, name: str) -> Any:
         def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._paused:
+                return
             x, counts = args
             self.tokens[name] = [known + count for known, count in zip(self.tokens[name], counts, strict=True)]
             for port, rows in zip(self._experts[name], x[: sum(counts)].split(counts), strict=True):

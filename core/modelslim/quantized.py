@@ -16,18 +16,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modelslim.devices import has_integer_matmul
+from modelslim.scales import at_run_time, from_codes, range_to_scale, rounded_inputs, spread, to_codes
 from modelslim.types import QuantSpec, TensorSpec
 
 
 @dataclass
 class QuantizedTensor:
-    """An integer weight.
+    """A weight as codes and scales.
 
     Attributes:
-        codes: int8 [out, in]; a 4-bit code occupies one byte, -8..7.
-        scale: float32 [out, groups]; groups is 1 for ``per_channel``.
+        codes: [out, in]. int8 for integers, a code of fewer bits in a byte of its own, such as -8..7; int8 for
+            float4, its values doubled, such as -12..12; float8_e4m3fn for float8.
+        scale: float32 [out, groups]; groups is 1 for ``per_channel``. In blocks of several rows
+            [ceil(out / group_rows), ceil(in / group_size)].
         offset: int8 [out, groups], or None when symmetric.
         spec: how it was quantized.
+        whole_scale: float32 [1], by which every scale can be divided to become a float8 number; nvfp4 only.
 
     Weights of fused experts have one more dimension in front: [experts, out, in] and so on.
     """
@@ -36,32 +40,42 @@ class QuantizedTensor:
     scale: Tensor
     offset: Tensor | None
     spec: TensorSpec
+    whole_scale: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """``(codes - offset) * scale`` in float32, of the shape of the codes."""
-        values = self.codes.view(*self.scale.shape, -1).to(torch.float32)
+        values = from_codes(self.codes, self.spec)
+        if self.spec.group_rows > 1:
+            return values.mul_(spread(self.scale, tuple(self.codes.shape), self.spec))
+        groups = values.view(*self.scale.shape, -1)
         if self.offset is not None:
-            values = values - self.offset.unsqueeze(-1)
-        return (values * self.scale.unsqueeze(-1)).view(self.codes.shape)
+            groups -= self.offset.unsqueeze(-1)
+        return groups.mul_(self.scale.unsqueeze(-1)).view(self.codes.shape)
 
 
 class QuantizedLinear(nn.Module):
-    """A linear whose weight is integer and whose input is quantized as its spec says.
+    """A linear whose weight is quantized, and whose input is quantized as its spec says.
 
     Args:
-        weight: the integer weight.
+        weight: the weight.
         spec: schemes of weight and activation.
         bias: [out] of any floating dtype, or None.
-        input_scale: float32 [1], for static activations.
+        input_scale: float32 [1], for static activations; of nvfp4 the scale of the whole tensor.
         input_offset: int8 [1], for static activations; zero when symmetric.
+        input_multiplier: float32 [in], by which the input is multiplied before all else; None for most linears.
+            The weight is that of the multiplied input.
+        notes: what the algorithm says in the report about how it was made: short sentences about what is not as the
+            protocol has it.
     """
 
     codes: Tensor
     scale: Tensor
     offset: Tensor | None
+    whole_scale: Tensor | None
     bias: Tensor | None
     input_scale: Tensor | None
     input_offset: Tensor | None
+    input_multiplier: Tensor | None
 
     def __init__(
         self,
@@ -70,17 +84,23 @@ class QuantizedLinear(nn.Module):
         bias: Tensor | None = None,
         input_scale: Tensor | None = None,
         input_offset: Tensor | None = None,
+        input_multiplier: Tensor | None = None,
+        *,
+        notes: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if spec.is_static != (input_scale is not None and input_offset is not None):
             raise ValueError("static activations, and only they, come with input_scale and input_offset")
         self.spec = spec
+        self.notes = tuple(notes)
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("offset", weight.offset)
+        self.register_buffer("whole_scale", weight.whole_scale)
         self.register_buffer("bias", bias)
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("input_offset", input_offset)
+        self.register_buffer("input_multiplier", input_multiplier)
 
     @property
     def out_features(self) -> int:
@@ -94,44 +114,50 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> QuantizedTensor:
-        """The integer weight."""
-        return QuantizedTensor(self.codes, self.scale, self.offset, self.spec.weight)
+        """The weight as codes and scales."""
+        return QuantizedTensor(self.codes, self.scale, self.offset, self.spec.weight, self.whole_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] of any floating dtype -> [..., out] of the same dtype."""
         if self.spec.activation.is_float:
+            if self.input_multiplier is not None:
+                x = (x.to(torch.float32) * self.input_multiplier).to(x.dtype)
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.weight.dequantize().to(x.dtype), bias)
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        codes, scale, offset = self._quantize_input(rows)
-        if self.scale.shape[1] == 1 and self.offset is None:
+        if self.input_multiplier is not None:
+            rows = rows * self.input_multiplier
+        if self._multiplies_integers:
+            codes, scale, offset = self._quantize_input(rows)
             y = integer_matmul(codes, self.codes)
             if offset is not None:
                 y = y - offset.to(torch.float32) * self.codes.sum(1, dtype=torch.float32)
             y = y * (scale * self.scale.view(1, -1))
         else:
-            values = codes.to(torch.float32)
-            if offset is not None:
-                values = values - offset
-            y = (values * scale) @ self.weight.dequantize().t()
+            values = rounded_inputs(rows, self.spec.activation, self.input_scale, self.input_offset)
+            y = values @ self.weight.dequantize().t()
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def _quantize_input(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Rows float32 [tokens, in] -> codes int8, scale [tokens or 1, 1], offset or None."""
-        spec = self.spec.activation
+        spec = at_run_time(self.spec.activation, len(rows))
         offset: Tensor | None
-        if self.input_scale is not None:
+        if spec.scope == "per_tensor":
+            assert self.input_scale is not None and self.input_offset is not None
             scale = self.input_scale.view(1, 1)
-            assert self.input_offset is not None
             offset = None if spec.symmetric else self.input_offset.view(1, 1)
         else:
             scale, offset = range_to_scale(rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), spec)
-        codes = (rows / scale).round_()
-        if offset is not None:
-            codes += offset
-        return codes.clamp_(spec.qmin, spec.qmax).to(torch.int8), scale, offset
+        steps = (rows / scale).round_()
+        return to_codes(steps if offset is None else steps.add_(offset), spec), scale, offset
+
+    @property
+    def _multiplies_integers(self) -> bool:
+        """True when the engine multiplies codes and scales the sums, which takes one scale for each row."""
+        weight, activation = self.spec.weight, self.spec.activation
+        return weight.is_integer and activation.is_integer and self.scale.shape[-1] == 1 and self.offset is None
 
     def extra_repr(self) -> str:
         """Shape and scheme, for ``print(model)``."""
@@ -147,6 +173,8 @@ class QuantizedExperts(QuantizedLinear):
         bias: [experts, out] of any floating dtype, or None.
         input_scale: float32 [experts, 1], for static activations.
         input_offset: int8 [experts, 1], for static activations; zero when symmetric.
+        input_multiplier: float32 [experts, in], or None.
+        notes: see there, about all experts together.
     """
 
     @property
@@ -155,13 +183,24 @@ class QuantizedExperts(QuantizedLinear):
         return self.codes.shape[0]
 
     def linear(self, expert: int, rows: slice = slice(None)) -> QuantizedLinear:
-        """The linear of one expert, or that of some of its rows; shares memory with this module."""
+        """The linear of one expert, or that of some of its rows (of whole blocks); shares memory with this module."""
         offset = None if self.offset is None else self.offset[expert, rows]
-        weight = QuantizedTensor(self.codes[expert, rows], self.scale[expert, rows], offset, self.spec.weight)
+        whole = None if self.whole_scale is None else self.whole_scale[expert]
+        scale = self.scale[expert, self._scale_rows(rows)]
+        weight = QuantizedTensor(self.codes[expert, rows], scale, offset, self.spec.weight, whole)
         bias = None if self.bias is None else self.bias[expert, rows]
-        if self.input_scale is None or self.input_offset is None:
-            return QuantizedLinear(weight, self.spec, bias)
-        return QuantizedLinear(weight, self.spec, bias, self.input_scale[expert], self.input_offset[expert])
+        inputs = (self.input_scale, self.input_offset, self.input_multiplier)
+        return QuantizedLinear(weight, self.spec, bias, *(None if one is None else one[expert] for one in inputs))
+
+    def _scale_rows(self, rows: slice) -> slice:
+        """Where the scales of some rows are."""
+        size = self.spec.weight.group_rows
+        start, stop, step = rows.indices(self.out_features)
+        if size == 1:
+            return rows
+        if step != 1 or start % size or (stop % size and stop != self.out_features):
+            raise ValueError(f"rows {start} to {stop} are not whole blocks of {size}")
+        return slice(start // size, -(-stop // size))
 
     def forward(self, x: Tensor, counts: Sequence[int] = ()) -> Tensor:
         """See ``ExpertLinear.forward``."""
@@ -172,46 +211,6 @@ class QuantizedExperts(QuantizedLinear):
                 y[start : start + count] = self.linear(expert)(x[start : start + count])
                 start += count
         return y
-
-
-def range_to_scale(low: Tensor, high: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor | None]:
-    """Scale and offset that map the range [low, high] onto the codes of ``spec``.
-
-    Symmetric: ``scale = max(|low|, |high|) / qmax``. Asymmetric: the range is widened to hold 0,
-    ``scale = (high - low) / (qmax - qmin)``, ``offset = qmin - round(low / scale)``. Computed in
-    float32, then rounded to ``spec.scale_dtype``, so that the codes are made for the scale that
-    the engine will use. An empty range gives a scale that is tiny and positive, never 0.
-
-    Args:
-        low, high: tensors of one shape, any floating dtype, finite.
-        spec: the scheme.
-
-    Returns:
-        scale float32, and offset int8 or None when symmetric; both of the shape of ``low``.
-    """
-    low, high = low.to(torch.float32), high.to(torch.float32)
-    if spec.symmetric:
-        return _as_held(torch.maximum(-low, high) / spec.qmax, spec), None
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    exact = (high - low) / (spec.qmax - spec.qmin)
-    scale = _as_held(exact, spec)
-    if spec.scale_dtype != "float32":
-        # 255 steps of a scale that was rounded down would end short of the range: take the next number up.
-        above = (scale.to(_dtype(spec)).view(torch.int16) + 1).view(_dtype(spec)).to(torch.float32)
-        scale = torch.where(scale < exact, above, scale)
-    offset = (spec.qmin - (low / scale).round_()).clamp_(spec.qmin, spec.qmax)
-    return scale, offset.to(torch.int8)
-
-
-def _as_held(scale: Tensor, spec: TensorSpec) -> Tensor:
-    """The scale rounded to the type in which the engine holds it, and positive, in float32."""
-    # `tiny` is the smallest normal number: engines may flush what lies below it to zero.
-    return scale.to(_dtype(spec)).to(torch.float32).clamp_(min=torch.finfo(_dtype(spec)).tiny)
-
-
-def _dtype(spec: TensorSpec) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, spec.scale_dtype)
-    return dtype
 
 
 def integer_matmul(x: Tensor, weight: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ KINDS: Mapping[str, Kind] = {
     "plugins": Kind("vendor plugin"),
     "practices": Kind("package of practices", is_package=True),
     "calibration": Kind("package of calibration sets", is_package=True),
+    "engines": Kind("package of engine contracts", is_package=True),
 }
 """By the last part of the entry-point group's name, ``modelslim.<kind>``."""
 
@@ -388,7 +389,7 @@ def _import(entry: Entry) -> Any:
 
 
 def _folders(package: str) -> list[Path]:
-    """The folders of a package, none when it does not exist; imports neither it nor its parents."""
+    """The folders of a package, none when it does not exist; imports neither it nor a plugin's parents of it."""
     top, *parts = package.split(".")
     try:
         spec = util.find_spec(top)
@@ -396,8 +397,13 @@ def _folders(package: str) -> list[Path]:
         return []
     if spec is None or spec.submodule_search_locations is None:
         return []
-    folders = (Path(location, *parts) for location in spec.submodule_search_locations)
-    return [folder for folder in folders if folder.is_dir()]
+    folders = [Path(location, *parts) for location in spec.submodule_search_locations]
+    found = [folder for folder in folders if folder.is_dir()]
+    if not found and package.startswith(f"{CORE}."):
+        # Ours lie elsewhere in an editable installation; their parents are imported anyway.
+        inner = util.find_spec(package)
+        found = [Path(location) for location in inner.submodule_search_locations or ()] if inner else []
+    return found
 
 
 def _text(error: BaseException) -> str:

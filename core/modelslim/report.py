@@ -22,6 +22,9 @@ except ModuleNotFoundError:  # Windows has no resource module
     resource = None  # type: ignore[assignment]
 
 
+REPORT = "report.json"
+
+
 def journal_header(plan: Plan) -> dict[str, Any]:
     """First line of a run's journal: what the run is, so that a later one can tell whether it is the same."""
     return {
@@ -65,6 +68,8 @@ def make_report(
             "copied": sum(record.spec is None for record in records),
             "written": len(records),
         },
+        "rescaled": sorted(plan.rescaled),
+        "left_out": sorted(plan.left_out),
         "peak_memory_bytes": peak_memory(),
         "warnings": list(plan.warnings),
         "versions": versions(plan),

@@ -12,10 +12,11 @@ from torch import Tensor
 from modelslim.checkpoint import DTYPE_NAMES, byte_view
 from modelslim.devices import work_alone
 from modelslim.files import copy_companions
+from modelslim.kv_cache import QuantizedCache
 from modelslim.plan import Plan
 from modelslim.quantized import QuantizedExperts, QuantizedLinear
 from modelslim.saver import TensorRecord
-from modelslim.types import QuantSpec
+from modelslim.types import QuantSpec, TensorSpec
 from modelslim.writer import OutputDirectory, ShardWriter, write_json
 
 _ENTRY_BYTES = 112  # of a header entry, without the name
@@ -38,7 +39,7 @@ class ResultWriter:
         names = plan.result_sizes()
         self._shards = ShardWriter(
             output.path,
-            plan.saver.weights_name,
+            plan.saver.weights_name(plan.planned),
             plan.saver.max_shard_bytes,
             sum(len(name.encode()) + _ENTRY_BYTES for name in names),
             plan.session.tensor_written,
@@ -59,6 +60,7 @@ class ResultWriter:
         self,
         unit: str,
         modules: Mapping[str, QuantizedLinear],
+        caches: Mapping[str, QuantizedCache],
         edited: Mapping[str, Tensor],
         copies: Sequence[str],
     ) -> None:
@@ -67,6 +69,7 @@ class ResultWriter:
         Args:
             unit: its name, for the journal; empty for what lies outside the units.
             modules: quantized linears, and those of fused experts, on the CPU, by name in the model.
+            caches: quantized key/value caches, on the CPU, by the names of their places.
             edited: float tensors that an algorithm changed, on the CPU, by stored name.
             copies: stored tensors that go into the result unchanged.
 
@@ -74,7 +77,7 @@ class ResultWriter:
             SaveError, ModelError: writing or reading failed, for this unit or the one before.
         """
         self._wait()
-        self._pending = self._pool.submit(self._write, unit, modules, edited, copies)
+        self._pending = self._pool.submit(self._write, unit, modules, caches, edited, copies)
 
     def finish(self) -> list[TensorRecord]:
         """Write what remains: indices, descriptions, config.json, the files beside the weights.
@@ -88,7 +91,8 @@ class ResultWriter:
         for name, value in plan.saver.finish(self._records, plan.planned).items():
             write_json(self._output.path / name, value)
         copy_companions(plan.checkpoint.path, self._output.path)
-        write_json(self._output.path / "config.json", plan.saver.edit_config(dict(plan.checkpoint.config)))
+        config = plan.saver.edit_config(dict(plan.checkpoint.config), self._records, plan.planned)
+        write_json(self._output.path / "config.json", config)
         return self._records
 
     def _wait(self) -> None:
@@ -100,6 +104,7 @@ class ResultWriter:
         self,
         unit: str,
         modules: Mapping[str, QuantizedLinear],
+        caches: Mapping[str, QuantizedCache],
         edited: Mapping[str, Tensor],
         copies: Sequence[str],
     ) -> None:
@@ -108,6 +113,9 @@ class ResultWriter:
         for stored, linear in self._stored(modules):
             for name, tensor in saver.encode(stored, linear, dtype):
                 self._add(name, tensor, linear.spec)
+        for place, cache in caches.items():
+            for name, tensor in saver.encode_cache(self._plan.planned.caches[place], cache, dtype):
+                self._add(name, tensor, None, cache.spec)
         for name, tensor in edited.items():
             self._add(name, tensor, None)
         for name in copies:
@@ -128,7 +136,7 @@ class ResultWriter:
             else:
                 yield info.linears[name].stored, module
 
-    def _add(self, name: str, tensor: Tensor, spec: QuantSpec | None) -> None:
+    def _add(self, name: str, tensor: Tensor, spec: QuantSpec | None, cache: TensorSpec | None = None) -> None:
         data = byte_view(tensor.contiguous())
         self._shards.add(name, DTYPE_NAMES[tensor.dtype], tensor.shape, len(data), [data] if len(data) else [])
-        self._records.append(TensorRecord(name, spec, len(data)))
+        self._records.append(TensorRecord(name, spec, len(data), cache))

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelslim.errors import Diagnostic, VerificationError
 from modelslim.plan import Plan, make_plan
-from modelslim.report import journal_header, make_report
+from modelslim.report import REPORT, journal_header, make_report
 from modelslim.result import ResultWriter
+from modelslim.verify import verify_run
 from modelslim.writer import OutputDirectory, check_save_path, check_space, write_json
-
-REPORT = "report.json"
 
 
 def quantize(
@@ -23,6 +23,9 @@ def quantize(
     device: str | None = None,
     model_type: str | None = None,
     trust_remote_code: bool = False,
+    engine: str | None = None,
+    tp: int = 1,
+    check: bool = True,
     observers: Sequence[tuple[str, object]] = (),
 ) -> dict[str, Any]:
     """Quantize a checkpoint.
@@ -34,13 +37,17 @@ def quantize(
         device: ``cpu``, ``cuda:0``, ...; None for the best that is there.
         model_type: published model name or model_type; None to go by config.json.
         trust_remote_code: allow code of the checkpoint to run.
+        engine: refuse what this engine does not load; see ``make_plan``.
+        tp: the engine's degree of tensor parallelism.
+        check: verify the result before it gets its name.
         observers: further plugins of this run, by name.
 
     Returns:
         The report, which also lies in ``<save_path>/report.json``.
 
     Raises:
-        ModelSlimError: one of its subclasses; nothing lies under ``save_path`` then.
+        VerificationError: the result is faulty; it keeps the name ``<save_path>.partial``.
+        ModelSlimError: another of its subclasses; nothing lies under ``save_path`` then.
     """
     check_save_path(save_path, model_path)
     plan = make_plan(
@@ -49,12 +56,14 @@ def quantize(
         device=device,
         model_type=model_type,
         trust_remote_code=trust_remote_code,
+        engine=engine,
+        tp=tp,
         observers=observers,
     )
-    return run_plan(plan, save_path)
+    return run_plan(plan, save_path, check=check)
 
 
-def run_plan(plan: Plan, save_path: Path) -> dict[str, Any]:
+def run_plan(plan: Plan, save_path: Path, *, check: bool = True) -> dict[str, Any]:
     """Execute a plan; see :func:`quantize`."""
     check_save_path(save_path, plan.checkpoint.path)
     check_space(save_path, sum(plan.result_sizes().values()))
@@ -65,6 +74,20 @@ def run_plan(plan: Plan, save_path: Path) -> dict[str, Any]:
             records = writer.finish()
         report = make_report(plan, save_path, units, records)
         write_json(output.path / REPORT, report)
+        if check:
+            _verify(plan, output, units)
         output.commit()
     plan.session.run_finished(report)
     return report
+
+
+def _verify(plan: Plan, output: OutputDirectory, units: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to give a faulty result its name."""
+    problems = verify_run(plan, output.path, units)
+    if problems:
+        output.keep()
+        raise VerificationError(
+            f"{output.path}: the result is faulty and keeps this name",
+            diagnostics=[Diagnostic(problem.message, hint=problem.hint) for problem in problems],
+            hint="this is a fault of ModelSlim or of a plugin, please report it; --no-verify skips this check",
+        )

@@ -17,12 +17,14 @@ from modelslim.adapters import choose_adapter, open_session
 from modelslim.checkpoint import Checkpoint
 from modelslim.devices import resolve_device
 from modelslim.edits import with_added_biases
-from modelslim.errors import ModelError, nearest
+from modelslim.errors import ModelError, PluginError, nearest
+from modelslim.kv_cache import find_places, open_places
 from modelslim.loader import Loader
 from modelslim.model_info import describe
 from modelslim.registry import Registry
+from modelslim.saved_config import opened_as_float
 from modelslim.saved_experts import SavedExperts
-from modelslim.saver import SavedLinear, Saver
+from modelslim.saver import SavedCache, SavedLinear, Saver
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,21 @@ class SavedModel:
         options: how to run it.
         saved: quantized linears, and those of fused experts, by the names of the modules that they make;
             empty for a float model.
+        directory: where the adapter opens a quantized checkpoint, from ``opened_as_float``, for as long as the
+            model is used; None for a float model.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: RunOptions, saved: Mapping[str, Saved] | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: RunOptions,
+        saved: Mapping[str, Saved] | None = None,
+        directory: Path | None = None,
+    ) -> None:
         kind, name, _ = choose_adapter(checkpoint.config, None, options.registry)
         model_type = checkpoint.config["model_type"]
         self.session = open_session(
-            kind, name, model_type, checkpoint.path, options.trust_remote_code, options.registry
+            kind, name, model_type, directory or checkpoint.path, options.trust_remote_code, options.registry
         )
         self.module = self.session.init_model(options.device)
         if options.dtype is not None:
@@ -114,6 +124,35 @@ class SavedModel:
                 places[linear.bank] = SavedExperts(experts, bank.rows)
         return places
 
+    def cache_places(self, saved: Mapping[str, SavedCache]) -> dict[str, SavedCache]:
+        """Saved key/value caches by the names of their places in the model, which must be the float one.
+
+        Args:
+            saved: by the stored name of the linear that fills each.
+
+        Raises:
+            ModelError: one of these linears fills no cache.
+        """
+        if not saved:
+            return {}
+        info = describe(self.module, self._visit, self._loader)
+        places = {one.stored: one.name for one in find_places(self.session.get_kv_caches(self.module), info)}
+        unknown = next((stored for stored in saved if stored not in places), None)
+        if unknown is not None:
+            raise ModelError(f"{unknown} has scales of a cache, and fills none", hint=nearest(unknown, places))
+        return {places[stored]: found for stored, found in saved.items()}
+
+    def put_caches(self, saved: Mapping[str, SavedCache]) -> None:
+        """Let keys and values go through caches of few bits.
+
+        Args:
+            saved: what ``cache_places`` of the float model gave.
+        """
+        open_places(self.module, dict.fromkeys(name.rpartition(".")[0] for name in saved))
+        for name, found in saved.items():
+            cache = found.decode({tensor: self._checkpoint.read(tensor) for tensor in found.tensors})
+            self.module.set_submodule(name, cache.to(self._device))
+
     def load(self) -> nn.Module:
         """Fill the whole model, to be used as any module."""
         self._loader.install(self._loader.read(self._loader.names()))
@@ -158,21 +197,42 @@ class SavedModel:
             self.module.set_submodule(name, module.to(self._device))
 
 
-def saved_linears(checkpoint: Checkpoint, registry: Registry) -> Mapping[str, SavedLinear]:
-    """The quantized linears of a checkpoint, by stored name.
+def find_saver(path: Path, registry: Registry) -> tuple[str, type[Saver]]:
+    """Name and class of the saver that writes checkpoints like the one in a directory.
 
     Raises:
         ModelError: no installed saver knows its format.
     """
     names = registry.names("savers")
+    broken = []
     for name in names:
-        saver: type[Saver] = registry.load("savers", name)
-        if saver.recognizes(checkpoint.path):
-            shapes = {tensor: stored.shape for tensor, stored in checkpoint.tensors.items()}
-            return saver.read_layout(checkpoint.path, shapes)
+        try:
+            saver: type[Saver] = registry.load("savers", name)
+        except PluginError as error:  # a saver of another format is no reason to fail
+            broken.append(error.message)
+            continue
+        if saver.recognizes(path):
+            return name, saver
     raise ModelError(
-        f"{checkpoint.path}: no installed saver recognizes this as its format", hint=f"installed: {', '.join(names)}"
+        f"{path}: no installed saver recognizes this as its format",
+        hint="; ".join([f"installed: {', '.join(names)}", *broken]),
     )
+
+
+def saved_caches(checkpoint: Checkpoint, registry: Registry) -> Mapping[str, SavedCache]:
+    """The quantized key/value caches of a checkpoint, by the stored name of the linear that fills each."""
+    _, saver = find_saver(checkpoint.path, registry)
+    return saver.read_caches(checkpoint.path, checkpoint.shapes)
+
+
+def saved_linears(checkpoint: Checkpoint, registry: Registry) -> Mapping[str, SavedLinear]:
+    """The quantized linears of a checkpoint, by stored name.
+
+    Raises:
+        ModelError: no installed saver knows its format, or it is damaged.
+    """
+    _, saver = find_saver(checkpoint.path, registry)
+    return saver.read_layout(checkpoint.path, {name: stored.shape for name, stored in checkpoint.tensors.items()})
 
 
 def load_model(
@@ -195,5 +255,9 @@ def load_model(
             return SavedModel(checkpoint, options).load()
         saved = saved_linears(checkpoint, options.registry)
         with Checkpoint(float_path) as float_checkpoint:
-            places = SavedModel(float_checkpoint, options).places(saved)
-        return SavedModel(checkpoint, options, places).load()
+            reference = SavedModel(float_checkpoint, options)
+            places, caches = reference.places(saved), reference.cache_places(saved_caches(checkpoint, options.registry))
+        with opened_as_float(checkpoint) as directory:
+            model = SavedModel(checkpoint, options, places, directory)
+            model.put_caches(caches)
+            return model.load()

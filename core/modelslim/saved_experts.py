@@ -54,26 +54,46 @@ class SavedExperts:
             offset = self._stack(experts, _offset)
         weight = QuantizedTensor(
             self._stack(experts, lambda linear: linear.codes),
-            self._stack(experts, lambda linear: linear.scale),
+            self._stack(experts, lambda linear: linear.scale, weight_spec.group_rows),
             offset,
             weight_spec,
+            _whole_scale(experts, self.linears[0][0].tensors[0]),
         )
         bias = self._stack(experts, _bias) if any(linear.bias is not None for linear in every) else None
         inputs = [
-            torch.stack([getattr(expert[0], name) for expert in experts]) if spec.is_static else None
-            for name in ("input_scale", "input_offset")
+            torch.stack([getattr(expert[0], name) for expert in experts]) if wanted else None
+            for name, wanted in (
+                ("input_scale", spec.is_static),
+                ("input_offset", spec.is_static),
+                ("input_multiplier", every[0].input_multiplier is not None),
+            )
         ]
         return QuantizedExperts(weight, spec, bias, *inputs)
 
-    def _stack(self, experts: Sequence[Sequence[QuantizedLinear]], part: Callable[[QuantizedLinear], Tensor]) -> Tensor:
-        """One tensor of all experts, the rows of their parts at their places."""
+    def _stack(
+        self,
+        experts: Sequence[Sequence[QuantizedLinear]],
+        part: Callable[[QuantizedLinear], Tensor],
+        size: int = 1,
+    ) -> Tensor:
+        """One tensor of all experts, the rows of their parts at their places; ``size`` rows of the weight make one."""
         pieces = [part(linear) for linear in experts[0]]
         shape = (len(experts), sum(len(piece) for piece in pieces), *pieces[0].shape[1:])
         stacked = torch.empty(shape, dtype=pieces[0].dtype)
         for target, linears in zip(stacked, experts, strict=True):
             for rows, linear in zip(self.rows, linears, strict=True):
-                target[rows] = part(linear)
+                target[rows if size == 1 else slice((rows.start or 0) // size, -(-rows.stop // size))] = part(linear)
         return stacked
+
+
+def _whole_scale(experts: Sequence[Sequence[QuantizedLinear]], name: str) -> Tensor | None:
+    """The scale that all linears of an expert share, [experts, 1]; None where there is none."""
+    parts = [[linear.whole_scale for linear in expert] for expert in experts]
+    if parts[0][0] is None:
+        return None
+    if any(one is None or not torch.equal(one, expert[0]) for expert in parts for one in expert):  # type: ignore[arg-type]
+        raise ModelError(f"the parts of an expert beside {name} do not share the scale of the whole")
+    return torch.stack([expert[0] for expert in parts if expert[0] is not None])
 
 
 def _offset(linear: QuantizedLinear) -> Tensor:

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from modelslim.types import LinearInfo, Problem, QuantSpec
+from modelslim.types import CacheInfo, LinearInfo, Problem, QuantSpec, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from modelslim.kv_cache import QuantizedCache
     from modelslim.quantized import QuantizedLinear
 
 
@@ -28,6 +29,10 @@ class PlannedModel:
         specs: what the quantized ones become, by name.
         tensors: names of all tensors of the source checkpoint.
         added_biases: names of the linears that have a bias only because smoothing adds it.
+        matrices: owners of other weights that an engine may take for linears: routers, convolutions, whatever the
+            adapter leaves out of the model; no embeddings.
+        caches: the key/value caches that are quantized, by name.
+        cache_specs: what they become, by name.
     """
 
     config: Mapping[str, Any]
@@ -36,6 +41,9 @@ class PlannedModel:
     specs: Mapping[str, QuantSpec]
     tensors: frozenset[str]
     added_biases: frozenset[str] = frozenset()
+    matrices: frozenset[str] = frozenset()
+    caches: Mapping[str, CacheInfo] = field(default_factory=dict)
+    cache_specs: Mapping[str, TensorSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,11 +54,28 @@ class TensorRecord:
         name: its name in the result.
         spec: scheme of the quantized linear that it belongs to; None for a tensor that was copied.
         nbytes: its size.
+        cache: scheme of the key/value cache that it belongs to; None for all else.
     """
 
     name: str
     spec: QuantSpec | None
     nbytes: int
+    cache: TensorSpec | None = None
+
+
+@dataclass(frozen=True)
+class SavedCache:
+    """What a checkpoint says of the cache of keys or values.
+
+    Attributes:
+        spec: what they become.
+        tensors: names of the tensors that say so.
+        decode: makes the module from those tensors, by name.
+    """
+
+    spec: TensorSpec
+    tensors: tuple[str, ...]
+    decode: Callable[[Mapping[str, Tensor]], QuantizedCache]
 
 
 @dataclass(frozen=True)
@@ -72,17 +97,36 @@ class Saver(ABC):
     """A codec between quantized modules and the tensors and files of one format.
 
     It never quantizes and never touches the disk; the core writes what it yields.
+
+    Attributes:
+        engine: the engine that the format is for, by the word for ``--engine``: where the user names none, the plan
+            warns of what this one does not load. Empty: none is known.
+        stores_multipliers: True when the format has a place for the ``input_multiplier`` of a linear; the plan
+            refuses to make one otherwise.
+        stores_caches: True when the format has a place for the scales of key/value caches.
     """
+
+    engine: ClassVar[str] = ""
+    stores_multipliers: ClassVar[bool] = False
+    stores_caches: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Saver:
         """Make the saver from its entry of ``save``, which its JSON Schema fragment has accepted."""
 
-    @property
+    @classmethod
+    def of_checkpoint(cls, path: Path) -> Saver:
+        """A saver that writes as the one that wrote a checkpoint; by default one with the defaults of the protocol."""
+        return cls.from_config({})
+
     @abstractmethod
-    def weights_name(self) -> str:
-        """Stem of the weight files: ``<stem>-00001-of-00002.safetensors``."""
+    def weights_name(self, model: PlannedModel) -> str:
+        """Stem of the weight files: ``<stem>-00001-of-00002.safetensors``.
+
+        Args:
+            model: as ``check`` saw it.
+        """
 
     @property
     @abstractmethod
@@ -111,18 +155,48 @@ class Saver(ABC):
     def encoded_sizes(self, linear: LinearInfo, spec: QuantSpec, model_dtype: str) -> Mapping[str, int]:
         """Name and bytes of each tensor that ``encode`` will yield, for the plan."""
 
+    def cache_scale_dtype(self, model_dtype: str) -> str:
+        """Dtype in which the engine holds the scales of key/value caches."""
+        return "float32"
+
+    def encode_cache(self, cache: CacheInfo, module: QuantizedCache, model_dtype: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that store what a cache does to keys or values; asked only of a format that ``stores_caches``."""
+        raise NotImplementedError
+
+    def cache_sizes(self, cache: CacheInfo, spec: TensorSpec, model_dtype: str) -> Mapping[str, int]:
+        """Name and bytes of each tensor that ``encode_cache`` will yield, for the plan."""
+        raise NotImplementedError
+
     @abstractmethod
     def finish(self, records: Sequence[TensorRecord], model: PlannedModel) -> Mapping[str, Any]:
         """The JSON files of the format, by file name, once all tensors are written."""
 
-    def edit_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """config.json as the engine wants it; the argument is a copy that may be changed."""
+    def edit_config(
+        self, config: dict[str, Any], records: Sequence[TensorRecord], model: PlannedModel
+    ) -> dict[str, Any]:
+        """config.json as the engine wants it, once all tensors are written.
+
+        Args:
+            config: the source's; a copy that may be changed.
+            records: what was written.
+            model: as ``check`` saw it.
+        """
         return config
 
     @classmethod
     @abstractmethod
     def recognizes(cls, path: Path) -> bool:
         """True when the directory holds a checkpoint of this format."""
+
+    @classmethod
+    def read_caches(cls, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, SavedCache]:
+        """The quantized caches of such a checkpoint, by the stored name of the linear that fills each.
+
+        Args:
+            path: the directory.
+            shapes: every tensor of the checkpoint with its shape.
+        """
+        return {}
 
     @classmethod
     @abstractmethod
@@ -133,3 +207,14 @@ class Saver(ABC):
             path: the directory.
             shapes: every tensor of the checkpoint with its shape.
         """
+
+    @classmethod
+    def check_files(cls, path: Path) -> Sequence[Problem]:
+        """What else is wrong with the files of such a checkpoint, beside what ``read_layout`` raises.
+
+        The place to ask the engine's own Python, where it is installed.
+
+        Args:
+            path: the directory.
+        """
+        return ()

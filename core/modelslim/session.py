@@ -18,7 +18,7 @@ import pluggy
 
 from modelslim import hookspecs
 from modelslim.errors import CapabilityError, PluginError, nearest
-from modelslim.types import DecodedTensor, ProcessRequest, Topology, WeightSource
+from modelslim.types import AttentionCache, DecodedTensor, ProcessRequest, Topology, WeightSource
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -142,6 +142,11 @@ class Session:
         """What smoothing may rescale; None when the adapter does not say."""
         topology: Topology | None = self._ask("get_adapter_config_for_subgraph", model=model)
         return topology
+
+    def get_kv_caches(self, model: nn.Module) -> Sequence[AttentionCache]:
+        """Attentions with a cache; the hook must be implemented."""
+        caches: Sequence[AttentionCache] = self._demand("get_kv_caches", model=model)
+        return caches
 
     def get_ln_fuse_map(self, model: nn.Module) -> Any:
         """Which norms feed which linears; None when the adapter does not say."""

@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
+BITS: Mapping[str, int] = {
+    "int8": 8,
+    "int4": 4,
+    "int3": 3,
+    "int2": 2,
+    "fp8_e4m3": 8,
+    "mxfp8": 8,
+    "mxfp4": 4,
+    "nvfp4": 4,
+}
+"""Bits of each dtype that an operand can become."""
+
+MICROSCALING: Mapping[str, int] = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
+"""Dtypes whose scales belong to so many neighbouring inputs of a row, by definition of the format."""
 
 
 @dataclass
@@ -35,15 +48,22 @@ class TensorSpec:
     """How one operand of a linear is quantized.
 
     Attributes:
-        dtype: ``int8``, ``int4``, or ``float`` for an operand that is left alone.
+        dtype: a word of ``BITS`` such as ``int8``, or ``float`` for an operand that is left alone. ``fp8_e4m3`` is
+            float8 with a scale of any size; ``mxfp8`` and ``mxfp4`` are float8 and float4 (e2m1) in blocks of 32
+            with a power of two for a scale; ``nvfp4`` is float4 in blocks of 16, whose scales are float8 and share
+            one float32 scale for the whole tensor.
         scope: who shares a scale: ``per_tensor`` (static activations), ``per_token`` (dynamic
-            activations), ``per_channel`` (one output row of a weight), ``per_group``
-            (``group_size`` neighbouring inputs of one row).
+            activations), ``per_channel`` (one output row of a weight), ``per_group`` (``group_size`` neighbouring
+            inputs of one row), ``per_block`` (the same in ``group_rows`` rows; what the dtype defines for those of
+            ``MICROSCALING``), ``pd_mix`` (activations: per token where a prompt is read, one static scale where
+            tokens are generated).
         symmetric: True when the offset is zero by construction.
-        group_size: inputs per group; None unless the scope is ``per_group``.
+        group_size: inputs that share a scale; None for all of a row.
         scale_dtype: dtype in which the engine will hold the scale (``float32``, ``bfloat16``,
             ``float16``). Scales are computed in float32 and rounded to it before the codes are
-            made, so that what the engine multiplies with is what the codes were made for.
+            made, so that what the engine multiplies with is what the codes were made for. Dtypes of
+            ``MICROSCALING`` have a type of scale of their own.
+        group_rows: rows of a weight that share a scale, too.
     """
 
     dtype: str
@@ -51,6 +71,19 @@ class TensorSpec:
     symmetric: bool = True
     group_size: int | None = None
     scale_dtype: str = "float32"
+    group_rows: int = 1
+
+    @property
+    def element(self) -> str:
+        """What a single code is: ``int``, ``e4m3`` (float8), ``e2m1`` (float4); ``float`` for an operand left alone."""
+        if self.is_float or self.is_integer:
+            return self.dtype.rstrip("0123456789")
+        return "e4m3" if self.bits == 8 else "e2m1"
+
+    @property
+    def is_integer(self) -> bool:
+        """True when codes are integers; False for floating codes, and for an operand that is left alone."""
+        return self.dtype.startswith("int")
 
     @property
     def is_float(self) -> bool:
@@ -64,12 +97,12 @@ class TensorSpec:
 
     @property
     def qmin(self) -> int:
-        """Smallest code."""
+        """Smallest code, of integers."""
         return -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
-        """Largest code."""
+        """Largest code, of integers."""
         return (1 << (self.bits - 1)) - 1
 
 
@@ -85,18 +118,29 @@ class QuantSpec:
 
     @property
     def is_dynamic(self) -> bool:
-        """True when activation scales are computed by the engine at run time."""
-        return self.activation.scope == "per_token" and not self.activation.is_float
+        """True when the engine computes activation scales at run time, and needs nothing from calibration for it."""
+        return not self.activation.is_float and not self.is_static
 
     @property
     def is_static(self) -> bool:
-        """True when activation scales come from calibration."""
-        return self.activation.scope == "per_tensor" and not self.activation.is_float
+        """True when the engine needs something from calibration for its activations."""
+        activation = self.activation
+        if activation.is_float:
+            return False
+        return activation.scope in ("per_tensor", "pd_mix") or activation.dtype == "nvfp4"
 
     @property
     def scheme(self) -> str:
-        """The field's name: ``W8A8`` (static), ``W8A8_DYNAMIC``, ``W8A16``, ``W4A8_DYNAMIC``, ..."""
-        name = f"W{self.weight.bits}A{self.activation.bits}"
+        """The field's name: ``W8A8`` (static), ``W8A8_DYNAMIC``, ``W8A16``, ``W8A8FP8_DYNAMIC``, ``W8A8_MXFP8``, ..."""
+        weight, activation = self.weight, self.activation
+        bits = f"W{weight.bits}A{activation.bits}"
+        if weight.dtype in MICROSCALING:
+            # Two kinds of float in one name, float8 inputs of float4 weights, are called MXFP.
+            mixed = not activation.is_float and activation.dtype != weight.dtype
+            return f"{bits}_{weight.dtype.rstrip('48') if mixed else weight.dtype}".upper()
+        name = bits + ("FP8" if "fp8_e4m3" in (weight.dtype, activation.dtype) else "")
+        if activation.scope == "pd_mix":
+            return f"{name}_MIX"
         return f"{name}_DYNAMIC" if self.is_dynamic else name
 
 
@@ -114,6 +158,7 @@ class LinearInfo:
         dtype: dtype of the weight in the model, such as ``bfloat16``.
         bank: name of the module that holds it together with those of the other experts of its
             layer; empty for a linear that is a module of its own.
+        has_multiplier: True when its input will be multiplied by a vector at run time, as smoothing wants it.
     """
 
     name: str
@@ -124,11 +169,58 @@ class LinearInfo:
     has_bias: bool
     dtype: str
     bank: str = ""
+    has_multiplier: bool = False
 
     @property
     def module(self) -> str:
         """Name of the module that holds its weight, under which an algorithm finds it in a unit."""
         return self.bank or self.name
+
+
+@dataclass(frozen=True)
+class AttentionCache:
+    """An attention whose keys and values an engine keeps in a cache, head by head.
+
+    Attributes:
+        attention: full name of the attention. When it is called with ``past_key_values``, it calls
+            ``past_key_values.update(keys, values, ...)`` with [batch, heads, tokens, size of a head].
+        keys: full name of the linear that makes the keys, under whose name formats file their scales.
+        values: full name of the linear that makes the values.
+        heads: number of key/value heads.
+        head_size: channels of one of them.
+    """
+
+    attention: str
+    keys: str
+    values: str
+    heads: int
+    head_size: int
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """A place where keys or values enter a cache.
+
+    Attributes:
+        name: dotted path of the place, such as ``model.layers.0.self_attn.k_cache``.
+        attention: the attention that it belongs to.
+        stored: name in the checkpoint of the linear that makes them, without ``.weight``.
+        unit: name of the unit that holds it.
+        heads: number of key/value heads.
+        head_size: channels of one of them.
+    """
+
+    name: str
+    attention: str
+    stored: str
+    unit: str
+    heads: int
+    head_size: int
+
+    @property
+    def channels(self) -> int:
+        """Channels of all heads."""
+        return self.heads * self.head_size
 
 
 @dataclass(frozen=True)

@@ -156,8 +156,8 @@ class ShardWriter:
 class OutputDirectory:
     """``<save_path>.partial`` while the run lasts, ``<save_path>`` once it is whole.
 
-    Leaving the context by an exception removes the partial directory; a killed process leaves it,
-    and the next run on the same path replaces it.
+    Leaving the context by an exception removes the partial directory, unless it is to be kept; a killed
+    process leaves it. The next run on the same path replaces it.
 
     Args:
         save_path: the final name.
@@ -169,6 +169,7 @@ class OutputDirectory:
         self.path = partial_path(self.save_path)
         self._header = header
         self._journal: IO[str] | None = None
+        self._kept = False
 
     def __enter__(self) -> OutputDirectory:
         with _explained(self.path):
@@ -190,8 +191,12 @@ class OutputDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
-        if self.path.exists():  # and has not been given its final name
+        if self.path.exists() and not self._kept:  # and has not been given its final name
             _remove(self.path)
+
+    def keep(self) -> None:
+        """Leave the partial directory where it is, for people to look at."""
+        self._kept = True
 
     def journal(self, entry: Mapping[str, Any]) -> None:
         """Append a line to the journal, which is locked for as long as the run lives."""

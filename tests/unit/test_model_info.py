@@ -15,7 +15,7 @@ from torch import nn
 from modelslim.checkpoint import Checkpoint
 from modelslim.errors import ModelError
 from modelslim.loader import Loader
-from modelslim.model_info import Kept, ModelInfo, describe
+from modelslim.model_info import Kept, ModelInfo, describe, other_matrices
 from modelslim.registry import Registry
 from modelslim.types import LinearInfo, ProcessRequest, WeightSource
 
@@ -233,3 +233,19 @@ def test_units_that_cannot_be_are_refused(tmp_path: Path, units: list[str], mess
     with pytest.raises(ModelError, match=message) as caught:
         describe_own(tmp_path, units=units)
     assert caught.value.hint
+
+
+def test_other_matrices_are_what_an_engine_may_take_for_linears(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = Model()
+        model.layers[0].router = nn.Module()
+        model.layers[0].router.weight = nn.Parameter(torch.zeros(3, 4))
+        model.layers[1].conv = nn.Conv1d(4, 4, 2)
+    stored = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
+    stored |= {"mtp.0.proj.weight": torch.zeros(4, 4), "mtp.0.norm.weight": torch.zeros(4)}
+    save_file(stored, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    loader = Loader(model, checkpoint, None, "cpu")
+    info = describe(model, [ProcessRequest("layers.0", model.layers[0])], loader)
+    found = other_matrices(model, info, loader, checkpoint.shapes)
+    assert found == {"layers.0.router", "layers.1.conv", "mtp.0.proj"}

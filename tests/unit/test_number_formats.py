@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from modelslim.number_formats import (
     e2m1_nibbles,
     from_e2m1_nibbles,

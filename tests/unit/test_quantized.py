@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from modelslim import quantized as module
-from modelslim.quantized import QuantizedLinear, QuantizedTensor, integer_matmul, range_to_scale
+from modelslim.quantized import QuantizedLinear, QuantizedTensor, integer_matmul
+from modelslim.scales import range_to_scale
 from modelslim.types import FLOAT, QuantSpec, TensorSpec
 
 CHANNEL, CHANNEL_ASYM = TensorSpec("int8", "per_channel"), TensorSpec("int8", "per_channel", symmetric=False)

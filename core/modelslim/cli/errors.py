@@ -21,6 +21,7 @@ from modelslim.errors import (
     QuantizationError,
     SaveError,
     UsageError,
+    VerificationError,
 )
 
 DONE = 0
@@ -33,6 +34,7 @@ INTERRUPTED = 130
 EXIT_CODES: Sequence[tuple[type[BaseException], int]] = (
     (QuantizationError, FAILED),
     (SaveError, FAILED),
+    (VerificationError, FAILED),
     (UsageError, WRONG_INPUT),
     (ProtocolError, WRONG_INPUT),
     (CapabilityError, WRONG_INPUT),

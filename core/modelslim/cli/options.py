@@ -74,6 +74,21 @@ config_path_option = option(
     help="YAML protocol that says what becomes of the model.",
 )
 
+engine_option = option(
+    "--engine",
+    default=None,
+    help="Refuse what this engine cannot load: vllm-ascend, vllm, transformers, or one version, as in "
+    "vllm-ascend-0.23.  [default: warn, for the engine that the format is made for]",
+)
+
+tp_option = option(
+    "--tp",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Degree of tensor parallelism at which the engine will run.",
+)
+
 trust_remote_code_option = option(
     "--trust_remote_code",
     type=click.Choice(["True", "False"], case_sensitive=False),

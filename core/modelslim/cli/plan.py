@@ -10,9 +10,11 @@ import click
 from modelslim.cli.options import (
     config_path_option,
     device_option,
+    engine_option,
     json_option,
     model_path_option,
     model_type_option,
+    tp_option,
     trust_remote_code_option,
 )
 from modelslim.cli.output import Output, pass_output
@@ -23,6 +25,8 @@ from modelslim.cli.output import Output, pass_output
 @config_path_option
 @device_option
 @model_type_option
+@engine_option
+@tp_option
 @trust_remote_code_option
 @json_option
 @pass_output
@@ -32,6 +36,8 @@ def command(
     config_path: Path,
     device: str | None,
     model_type: str | None,
+    engine: str | None,
+    tp: int,
     trust_remote_code: bool,
 ) -> None:
     """Show what quant would do, and refuse what it could not.
@@ -44,7 +50,15 @@ def command(
     from modelslim.plan import make_plan
     from modelslim.plan_table import as_data, rows
 
-    plan = make_plan(model_path, config_path, device=device, model_type=model_type, trust_remote_code=trust_remote_code)
+    plan = make_plan(
+        model_path,
+        config_path,
+        device=device,
+        model_type=model_type,
+        trust_remote_code=trust_remote_code,
+        engine=engine,
+        tp=tp,
+    )
     for warning in plan.warnings:
         output.warn(warning)
     output.table(
@@ -84,6 +98,7 @@ def command(
             ("device", plan.device),
             ("runner", plan.runner),
             ("adapter", plan.adapter),
+            ("engine", data["engine"] or "not known"),
         ],
     )
     output.data(data)

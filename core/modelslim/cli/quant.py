@@ -15,11 +15,14 @@ import click
 from modelslim.cli.options import (
     config_path_option,
     device_option,
+    engine_option,
     json_option,
     model_path_option,
     model_type_option,
+    option,
     quiet_option,
     save_path_option,
+    tp_option,
     trust_remote_code_option,
 )
 from modelslim.cli.output import Output, pass_output
@@ -31,7 +34,15 @@ from modelslim.cli.output import Output, pass_output
 @config_path_option
 @device_option
 @model_type_option
+@engine_option
+@tp_option
 @trust_remote_code_option
+@option(
+    "--verify/--no-verify",
+    "check",
+    default=True,
+    help="Check the result before it gets its name.  [default: verify]",
+)
 @json_option
 @quiet_option
 @pass_output
@@ -42,12 +53,15 @@ def command(
     config_path: Path,
     device: str | None,
     model_type: str | None,
+    engine: str | None,
+    tp: int,
     trust_remote_code: bool,
+    check: bool,
 ) -> None:
     """Quantize a model and write the result.
 
     Everything that can be wrong is refused before a weight is read. The result appears under its
-    name only when it is whole; until then it grows in <save_path>.partial.
+    name only when it is whole and verified; until then it grows in <save_path>.partial.
     """
     from modelslim.devices import prepare_threads
 
@@ -67,16 +81,21 @@ def command(
             device=device,
             model_type=model_type,
             trust_remote_code=trust_remote_code,
+            engine=engine,
+            tp=tp,
             observers=observers,
         )
         for warning in plan.warnings:
             output.warn(warning)
-        report = run_plan(plan, save_path)
+        report = run_plan(plan, save_path, check=check)
     unseen = idle_experts(report)
     if unseen:
         borrowed = sum(len(unit.get("borrowed", ())) for unit in report["units"])
         what = f"; {borrowed} of their linears are calibrated by the other experts' tokens" if borrowed else ""
         output.warn(f"{len(unseen)} experts saw no calibration token, such as {unseen[0]}{what}; see report.json")
+    if said := notes(report):
+        more = f" (and {len(said) - 1} more notes; see report.json)" if len(said) > 1 else ""
+        output.warn(said[0] + more)
     worst = worst_linears(report)
     if worst:
         columns = ["least faithful linears", "scheme", "relative error", "SNR, dB", "clipped"]
@@ -101,6 +120,13 @@ def worst_linears(report: Mapping[str, Any], count: int = 10) -> list[tuple[str,
             f"{quality['clipped']:.2%}",
         )
         for error, name, scheme, quality in sorted(found, key=lambda one: -one[0])[:count]
+    ]
+
+
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """What the algorithms say about single linears, each with the name of the linear."""
+    return [
+        f"{name}: {note}" for unit in report["units"] for name, said in unit.get("notes", {}).items() for note in said
     ]
 
 
