@@ -71,15 +71,41 @@ def write_protocol(file: Path, act: str, weight: str = INT8, dataset: str = "mix
     return file
 
 
-def write_calibration(file: Path, model: Path, samples: int, tokens: int) -> Path:
-    """Technical English that every CPython carries, cut into samples of so many tokens."""
+def write_calibration(file: Path, model: Path, samples: int, tokens: int, text: str | None = None) -> Path:
+    """Samples of so many tokens, from places spread evenly over a text.
+
+    Each is cut where its tokens are those that the tokenizer finds in the sample alone, so whoever reads the file
+    calibrates on the same tokens.
+
+    Args:
+        file: where to write, a record a line.
+        model: whose tokenizer counts.
+        samples: how many.
+        tokens: in each.
+        text: None for technical English that every CPython carries.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = tokenizer("\n".join(pydoc_data.topics.topics.values())[: samples * tokens * 6])["input_ids"]
-    texts = [tokenizer.decode(ids[start : start + tokens]) for start in range(0, samples * tokens, tokens)]
+    ids = tokenizer(text or "\n".join(pydoc_data.topics.topics.values())[: samples * tokens * 6])["input_ids"]
+    if len(ids) < samples * (tokens + tokens // 8):  # some room for finding the cuts
+        raise SystemExit(f"the text has {len(ids)} tokens, too few for {samples} samples of {tokens}")
+    texts = []
+    for start in range(0, len(ids) // samples * samples, len(ids) // samples):
+        cuts = (ids[place : place + tokens] for place in range(start, len(ids) - tokens))
+        part = next(cut for cut in cuts if tokenizer(tokenizer.decode(cut))["input_ids"] == cut)
+        texts.append(tokenizer.decode(part))
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return file
+
+
+def shipped_text() -> str:
+    """The calibration set that ships, as one text."""
+    import modelslim.calibration
+    from modelslim.dataset import read_samples
+
+    file = Path(modelslim.calibration.__file__).parent / "mix_calib.jsonl"
+    return "\n\n".join(sample for sample in read_samples(file) if isinstance(sample, str))
 
 
 def run(*command: str) -> Cost:

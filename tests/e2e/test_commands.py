@@ -23,8 +23,9 @@ WriteProtocol = Callable[[str], Path]
 
 GOOD = sorted((Path(__file__).parents[1] / "protocol" / "good").glob("*.yaml"))
 OPTIONS = {
-    "quant": "model_path save_path config_path device model_type trust_remote_code json quiet",
-    "plan": "model_path config_path device model_type trust_remote_code json",
+    "quant": "model_path save_path config_path device model_type engine tp trust_remote_code verify json quiet",
+    "plan": "model_path config_path device model_type engine tp trust_remote_code json",
+    "verify": "float engine tp trust_remote_code json",
     "eval": "float text window max_tokens dtype device trust_remote_code json",
     "demo": "save_path device json",
     "plugins": "json",
@@ -160,6 +161,60 @@ def test_what_plan_foresees_is_what_quant_writes(
         counts[row["scheme"]] = counts.get(row["scheme"], 0) + row["count"]
     assert {"FLOAT": counts.pop("FLOAT")} == {"FLOAT": 1}
     assert counts == report["schemes"]
+
+
+def test_verify_gives_people_and_programs_the_same(
+    here: Program, quant: Program, tiny_llama: Path, w8a8_dynamic: str, tmp_path: Path
+) -> None:
+    assert quant(w8a8_dynamic).returncode == 0
+    words = ["verify", tmp_path / "out", "--float", tiny_llama, "--engine", "vLLM-Ascend"]
+    data = document(here(*words, "--json"))
+    assert (data["good"], data["format"], data["problems"]) == (True, "ascendv1_saver", [])
+    assert (data["schemes"], data["float_linears"], len(data["errors"])) == ({"W8A8_DYNAMIC": 21}, ["lm_head"], 21)
+    people = here(*words)
+    assert (people.returncode, people.stderr) == (0, "")
+    worst = sorted(data["errors"].items(), key=lambda one: -one[1]["relative"])[:10]
+    lines = people.stdout.splitlines()
+    for line, (name, error) in zip(lines[1:11], worst, strict=True):
+        assert line.split() == [name, f"{error['relative']:.4f}", f"{error['expected']:.4f}"]
+    rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in lines[12:])
+    assert rows == {
+        "format": "ascendv1_saver",
+        "schemes": "21 linears W8A8_DYNAMIC",
+        "float": "1 linear, such as lm_head",
+        "engine": data["engine"],
+        "faults": "none",
+    }
+
+
+def test_verify_fails_with_exit_code_1_and_names_what_is_wrong(
+    here: Program, quant: Program, w8a8_dynamic: str, tmp_path: Path
+) -> None:
+    assert quant(w8a8_dynamic).returncode == 0
+    file = tmp_path / "out" / "quant_model_description.json"
+    description = json.loads(file.read_text(encoding="utf-8"))
+    del description["lm_head.weight"]
+    file.write_text(json.dumps(description), encoding="utf-8")
+    done = here("verify", tmp_path / "out")
+    assert done.returncode == 1
+    assert f"error: {tmp_path / 'out'}: 1 fault\n" in done.stderr
+    assert "does not describe lm_head.weight" in done.stderr
+    done = here("verify", tmp_path / "out", "--json")
+    assert done.returncode == 1
+    data = json.loads(done.stdout)
+    assert data["good"] is False
+    assert ["lm_head.weight" in problem["message"] for problem in data["problems"]] == [True]
+
+
+def test_quant_refuses_before_the_run_what_a_named_engine_cannot_load(
+    quant: Program, w8a8_dynamic: str, tmp_path: Path
+) -> None:
+    done = quant(w8a8_dynamic, "--engine", "vllm")
+    assert done.returncode == 2
+    assert "vLLM does not read what ascendv1_saver writes [vllm-0.32.0: formats]" in done.stderr
+    assert not list(tmp_path.glob("out*"))
+    done = quant(w8a8_dynamic, "--engine", "tensorrt")
+    assert done.returncode == 2 and "no contract is known of the engine 'tensorrt'" in done.stderr
 
 
 def test_eval_gives_people_and_programs_the_same_numbers(
