@@ -54,6 +54,7 @@ FLEX_STATIC = f"{{type: flex_smooth_quant, qconfig: {{act: {{{STATIC}}}, weight:
 
 RECIPES = (
     Recipe("W8A16", "rtn", (linear(FLOAT, INT8),), 0.003),
+    Recipe("W8A16", "rtn, with offset", (linear(FLOAT, "scope: per_channel, dtype: int8, symmetric: false"),), 0.003),
     Recipe("W8A8 dynamic", "rtn", (linear(DYNAMIC, INT8),), integers=TensorSpec("int8", "per_channel")),
     Recipe(
         "W8A8 dynamic",

@@ -54,6 +54,22 @@ def find_problems(target: Target, saver: str, model: PlannedModel) -> list[Probl
     ]
 
 
+def check_model(saver: Saver, name: str, target: Target | None, model: PlannedModel) -> list[Problem]:
+    """What a saver cannot write of a model, and what the engine would not load of what it can.
+
+    Args:
+        saver: the saver.
+        name: its name.
+        target: the engine; None for none.
+        model: the planned model, or one that was read from a checkpoint.
+    """
+    found = list(saver.check(model))
+    if target is None:
+        return found
+    refused = {problem.linear for problem in found if problem.fatal and problem.linear is not None}
+    return [*found, *(problem for problem in find_problems(target, name, model) if problem.linear not in refused)]
+
+
 @dataclass(frozen=True)
 class _View:
     """What the rules look at."""
@@ -211,9 +227,9 @@ def _stacked(view: _View) -> Iterator[Problem]:
     stacked = sorted(name for name in names if name.rpartition(".")[0] not in taken_apart)
     if stacked and view.model.specs and not view.rules.stacked_experts:
         yield Problem(
-            f"{view.title} looks for one linear per expert in a quantized model, and the experts of a layer are stored "
-            f"as one tensor ({stacked[0]}, and {len(stacked) - 1} more)",
-            hint="quantize the experts, which are then written one by one",
+            f"the experts of a layer are stored as one tensor ({stacked[0]}, and {len(stacked) - 1} more), and "
+            f"{view.title} looks for one linear per expert in a quantized model",
+            hint="quantize them, where the adapter can take them apart: they are then written one by one",
         )
 
 

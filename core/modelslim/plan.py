@@ -18,7 +18,7 @@ from modelslim.checkpoint import Checkpoint
 from modelslim.dataset import find_dataset, read_samples
 from modelslim.devices import resolve_device
 from modelslim.edits import stored_name
-from modelslim.engine_rules import Target, choose_target, find_problems
+from modelslim.engine_rules import Target, check_model, choose_target
 from modelslim.errors import DatasetError, Diagnostic, ModelSlimError, ProtocolError
 from modelslim.guard import prove_forward
 from modelslim.kv_cache import attentions, open_places
@@ -235,7 +235,7 @@ def make_plan(
         target = choose_target(engine, tp, saver, registry)
 
     def problems(result: PlannedModel) -> Sequence[Problem]:
-        return [*saver.check(result), *(find_problems(target, protocol.save[0].type, result) if target else ())]
+        return check_model(saver, protocol.save[0].type, target, result)
 
     checks.saver(problems, planned, protocol.save[0].path, steps)
     checks.fallbacks(problems, saver, planned, steps)

@@ -171,6 +171,7 @@ class Checks:
 
     def edits(self, steps: Sequence[Step], model: nn.Module, sources: Mapping[str, WeightSource]) -> None:
         """Refuse to change weights that cannot be written back in the form in which they are stored."""
+        tied = _tied(model)
         for index, step in enumerate(steps):
             if not step.algorithm.rescales:
                 continue
@@ -184,6 +185,14 @@ class Checks:
                         step.path,
                         f"changes {name}, which {format_path(done[owner])} has quantized by then",
                         "put it in front of what quantizes",
+                    )
+                    break
+                twin = next((one for one in tied.get(name, ()) if one != name), None)
+                if twin is not None:
+                    self.refuse(
+                        step.path,
+                        f"changes {name}, which is {twin} as well: what reads the other would change with it",
+                        "exclude it here; the adapter should leave it out of the topology",
                     )
                     break
                 source = sources.get(name)
@@ -326,6 +335,14 @@ def with_held_scales(spec: QuantSpec, saver: Saver, model_dtype: str) -> QuantSp
     """The spec with the scale types in which the saver's engine will hold the scales."""
     weight, activation = saver.scale_dtypes(spec, model_dtype)
     return QuantSpec(replace(spec.weight, scale_dtype=weight), replace(spec.activation, scale_dtype=activation))
+
+
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter that has several, by each of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
 def _nearest_part(pattern: str, info: ModelInfo) -> str:

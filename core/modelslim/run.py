@@ -72,10 +72,12 @@ def run_plan(plan: Plan, save_path: Path, *, check: bool = True) -> dict[str, An
         with ResultWriter(plan, output) as writer:
             units = runner.run(plan, writer)
             records = writer.finish()
-        report = make_report(plan, save_path, units, records)
+        report = {**make_report(plan, save_path, units, records), "verified": False}
         write_json(output.path / REPORT, report)
         if check:
             _verify(plan, output, units)
+            report["verified"] = True
+            write_json(output.path / REPORT, report)
         output.commit()
     plan.session.run_finished(report)
     return report

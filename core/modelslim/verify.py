@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from modelslim.adapters import choose_adapter, open_session
 from modelslim.checkpoint import Checkpoint, StoredTensor, read_json
-from modelslim.engine_rules import Target, choose_target, find_problems
-from modelslim.errors import ModelSlimError
+from modelslim.engine_rules import Target, check_model, choose_target
+from modelslim.engines import find_contract
+from modelslim.errors import ModelError
 from modelslim.loader import Loader
 from modelslim.model_info import describe
 from modelslim.registry import Registry
@@ -25,7 +26,7 @@ from modelslim.saver import SavedLinear
 from modelslim.types import Problem
 from modelslim.verify_files import check_engine_files, read_files
 from modelslim.verify_numbers import LinearError, Numbers
-from modelslim.verify_structure import Expected, Result, check_structure
+from modelslim.verify_structure import Expected, Result, added_biases, check_structure
 
 if TYPE_CHECKING:
     from modelslim.plan import Plan
@@ -96,6 +97,8 @@ def verify(
         ModelError, PluginError: the float model cannot be opened.
     """
     registry = Registry.scan()
+    if engine is not None:
+        find_contract(engine, registry)  # a misspelt name must not wait behind a fault
     files = read_files(path)
     found = Verification(path, problems=files.problems)
     if not files.complete:
@@ -107,7 +110,7 @@ def verify(
         saved, caches = saver.read_layout(path, shapes), saver.read_caches(path, shapes)
         config = read_json(path / "config.json")
         problems = [*files.problems, *saver.check_files(path)]
-    except ModelSlimError as error:
+    except ModelError as error:
         return replace(found, problems=[*files.problems, Problem(error.message, error.hint)])
     target = choose_target(engine, tp, saver, registry)
     found = replace(found, format=format_, engine=target.contract.name if target else "")
@@ -125,19 +128,18 @@ def verify(
                 directory = stack.enter_context(opened_as_float(own))
                 expected = _open(own, directory, registry, trust_remote_code, is_source=False)
                 expected = replace(expected, left_out=told.left_out)
-        except ModelSlimError as error:
+            expected = replace(expected, added=added_biases(expected.model, expected.loader, told.rescaled))
+        except ModelError as error:
             if float_path:
                 raise
             return replace(found, problems=[*problems, Problem(error.message, error.hint)])
         result = Result(expected, files.tensors, saved, caches)
         problems += check_structure(result)
         checkpoint = stack.enter_context(Checkpoint(path, files.tensors))
-        numbers = Numbers(result, checkpoint, saver, told.rescaled)
+        numbers = Numbers(result, checkpoint, saver, told.modules)
         problems += [*numbers.check(), *numbers.check_floats()]
         planned = result.planned(config, numbers.multiplied)
-        problems += saver.check(planned)
-        if target:
-            problems += find_problems(target, format_, planned)
+        problems += check_model(saver, format_, target, planned)
         return replace(
             found,
             problems=_once(problems),
@@ -163,10 +165,10 @@ def verify_run(plan: Plan, path: Path, units: Sequence[Mapping[str, Any]]) -> li
         shapes = {name: stored.shape for name, stored in files.tensors.items()}
         saved, caches = plan.saver.read_layout(path, shapes), plan.saver.read_caches(path, shapes)
         problems += plan.saver.check_files(path)
-    except ModelSlimError as error:
+    except ModelError as error:
         return [*problems, Problem(error.message, error.hint)]
-    biases = frozenset(plan.info.linears[name].stored for name in plan.planned.added_biases)
-    expected = Expected(plan.model, plan.info, plan.loader, plan.checkpoint, plan.left_out, biases)
+    added = added_biases(plan.model, plan.loader, plan.added)
+    expected = Expected(plan.model, plan.info, plan.loader, plan.checkpoint, plan.left_out, added)
     result = Result(expected, files.tensors, saved, caches)
     problems += check_structure(result)
     problems += _promised(plan, result, units)
@@ -226,18 +228,23 @@ class _Told:
     """What a run's report says of its result; None where there is no report.
 
     Attributes:
-        rescaled: modules whose weights smoothing has changed.
+        rescaled: full names of the parameters that smoothing has changed or added.
         left_out: tensors that no parameter of the model takes.
     """
 
     rescaled: frozenset[str] | None = None
     left_out: frozenset[str] | None = None
 
+    @property
+    def modules(self) -> frozenset[str] | None:
+        """Owners of these parameters."""
+        return None if self.rescaled is None else frozenset(name.rpartition(".")[0] for name in self.rescaled)
+
 
 def _read_report(path: Path) -> _Told:
     try:
         report = json.loads((path / REPORT).read_text(encoding="utf-8"))
-        return _Told(frozenset(name.rpartition(".")[0] for name in report["rescaled"]), frozenset(report["left_out"]))
+        return _Told(frozenset(map(str, report["rescaled"])), frozenset(map(str, report["left_out"])))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or somebody else's file of that name
         return _Told()
 

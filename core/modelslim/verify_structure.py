@@ -30,7 +30,7 @@ class Expected:
         source: the float checkpoint; None when only the result itself is there to tell.
         left_out: tensors that no parameter takes and that are there nevertheless, such as layers of multi-token
             prediction; None when nobody knows.
-        added_biases: stored names of linears that may have a bias although the architecture has none.
+        added: stored names of biases that smoothing has added to the architecture.
     """
 
     model: nn.Module
@@ -38,7 +38,7 @@ class Expected:
     loader: Loader
     source: Checkpoint | None
     left_out: frozenset[str] | None
-    added_biases: frozenset[str] = frozenset()
+    added: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,21 @@ def _quantized_modules(result: Result) -> frozenset[str]:
     return frozenset(linear.module for stored, linear in result.linears.items() if stored in result.saved)
 
 
+def added_biases(model: nn.Module, loader: Loader, rescaled: Collection[str] | None) -> frozenset[str]:
+    """Stored names of biases that smoothing has added, or may have added where nobody knows.
+
+    Args:
+        model: the model on meta.
+        loader: knows its parameters and their stored names.
+        rescaled: full names of the parameters that smoothing has changed or added; None when nobody knows.
+    """
+    if rescaled is None:
+        weights = ((name, module._parameters.get("weight")) for name, module in model.named_modules())
+        rescaled = [f"{name}.bias" for name, weight in weights if weight is not None and weight.dim() == 1]
+    added = (name for name in rescaled if name.endswith(".bias") and name not in loader.parameters)
+    return frozenset(stored_name(name, loader.sources) for name in added)
+
+
 def _mixed_experts(result: Result) -> Iterator[Problem]:
     for name, bank in result.expected.info.banks.items():
         every = [linear.stored for row in bank.linears for linear in row]
@@ -206,12 +221,7 @@ def _is_plain(result: Result, parameter: str) -> bool:
 def _superfluous(result: Result, used: set[str]) -> Iterator[Problem]:
     """Tensors that no parameter takes; engines stop at them."""
     expected = result.expected
-    known = used | (expected.left_out or set())
-    known |= {f"{name}.bias" for name in expected.added_biases}
-    for name, module in expected.model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() == 1:  # smoothing may give a norm a bias
-            known.add(stored_name(f"{name}.bias", expected.loader.sources))
+    known = used | expected.added | (expected.left_out or set())
     for name in sorted(result.tensors.keys() - known):
         yield Problem(
             f"{name} in {result.tensors[name].file.name} belongs to no parameter of the model",

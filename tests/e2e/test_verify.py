@@ -276,6 +276,9 @@ FAULTS: Mapping[str, Fault] = {
         lambda c: c.add("model.layers.9.extra.weight", torch.ones(3)),
         r"layers\.9\.extra\.weight .* no parameter",
     ),
+    "a bias that no smoothing made": Fault(
+        "moe", lambda c: c.add("model.norm.bias", torch.zeros(64)), r"model\.norm\.bias .* no parameter"
+    ),
     "a quantized linear that nobody wants": Fault(
         "moe",
         lambda c: [
@@ -447,6 +450,67 @@ def test_there_are_as_many_faults_as_the_issue_asks_for() -> None:
     assert len(FAULTS) >= 40
 
 
+# Smoothed weights, and formats of other engines
+
+
+def test_report_says_that_the_result_was_verified(good: Mapping[str, Good]) -> None:
+    assert all(json.loads((one.path / "report.json").read_text())["verified"] for one in good.values())
+
+
+def test_smoothed_weights_are_compared_behind_the_factors(
+    tiny_llama: Path, protocol: Protocol, calibration_file: Path, tmp_path: Path
+) -> None:
+    smooth = "    - {type: smooth_quant, alpha: 0.9, symmetric: false}\n"
+    text = yaml(smooth, entry(STATIC, INT8, "*"), dataset=calibration_file)
+    quantize(tiny_llama, tmp_path / "out", protocol(text), device="cpu")
+    assert "model.layers.0.input_layernorm.bias" in load_file(next((tmp_path / "out").glob("*.safetensors")))
+    assert faults(verify(tmp_path / "out")) == []
+    found = verify(tmp_path / "out", tiny_llama)
+    assert [problem.message for problem in found.problems] == []
+    assert any(error.rescaled for error in found.errors.values())
+    for error in found.errors.values():
+        assert error.relative < 1.5 * error.expected
+    # Without the report nobody knows: the same is a warning.
+    (tmp_path / "out" / "report.json").unlink()
+    found = verify(tmp_path / "out", tiny_llama)
+    assert faults(found) == []
+    (warning,) = (problem.message for problem in found.problems)
+    assert re.search(r"and \d+ more: rows or columns are multiplied by factors", warning)
+
+
+GROUPS = "{scope: per_group, dtype: int4, symmetric: true, method: minmax, group_size: 32}"
+FORMATS = {
+    "compressed_tensors_saver": (entry(DYNAMIC, INT8, "*"), "weight_scale"),
+    "gptq_saver": (f"    - {{type: linear_quant, qconfig: {{weight: {GROUPS}}}}}\n", "scales"),
+    "awq_saver": (f"    - {{type: linear_quant, qconfig: {{weight: {GROUPS}}}}}\n", "scales"),
+    "mindie_format_saver": (entry(STATIC, INT8, "*"), "deq_scale"),
+}
+
+
+@pytest.mark.parametrize("saver", FORMATS)
+def test_other_formats_are_verified_alike(
+    saver: str, tiny_llama: Path, protocol: Protocol, calibration_file: Path, tmp_path: Path
+) -> None:
+    process, scale = FORMATS[saver]
+    text = yaml(process, dataset=calibration_file).replace("ascendv1_saver", saver)
+    quantize(tiny_llama, tmp_path / "out", protocol(text), device="cpu")
+    for source in (None, tiny_llama):
+        found = verify(tmp_path / "out", source)
+        assert (faults(found), found.format, sum(found.schemes.values())) == ([], saver, 21)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    tensors = load_file(file)
+    name = f"{DOWN}.{scale}"
+    for damaged in (
+        {one: tensor for one, tensor in tensors.items() if one != name},
+        {**tensors, name: set_at(0, NAN)(tensors[name])},
+        {**tensors, name: torch.zeros_like(tensors[name])},
+        {**tensors, name: tensors[name].to(torch.int8)},
+        {**tensors, name: tensors[name].view(-1)[:-1]},
+    ):
+        save_file({one: tensor.contiguous() for one, tensor in damaged.items()}, file, metadata={"format": "pt"})
+        assert any(DOWN in message for message in faults(verify(tmp_path / "out")))
+
+
 # What an engine loads
 
 
@@ -549,5 +613,7 @@ def test_faulty_result_keeps_its_partial_name(
     assert not out.exists() and (partial / "config.json").is_file()
     assert caught.value.diagnostics[0].message.startswith(f"{DOWN}: 64 rows of its scale")
     assert str(partial) in caught.value.message
-    quantize(tiny_llama, out, protocol(w8a8_dynamic), device="cpu", check=False)
+    assert json.loads((partial / "report.json").read_text(encoding="utf-8"))["verified"] is False
+    report = quantize(tiny_llama, out, protocol(w8a8_dynamic), device="cpu", check=False)
     assert out.exists() and not partial.exists()
+    assert report["verified"] is False

@@ -135,7 +135,16 @@ def read_with_vllm(tmp_path_factory: pytest.TempPathFactory) -> Read:
         place = tmp_path_factory.mktemp("vllm")
         full: dict[str, dict[str, Any]] = {}
         for index, (name, job) in enumerate(jobs.items()):
-            common = {"portable": True, "tracked": not ascend, "watched": [], "kept": [], "prompts": [], "new_tokens": 4, "ascend": ascend}
+            common = {
+                "stored": False,
+                "portable": True,
+                "tracked": not ascend,
+                "watched": [],
+                "kept": [],
+                "prompts": [],
+                "new_tokens": 4,
+                "ascend": ascend,
+            }
             files = {"result": str(place / f"{index}.json"), "tensors": str(place / f"{index}.safetensors")}
             full[name] = {**common, **files, **job, "model": str(job["model"])}
         (place / "jobs.json").write_text(json.dumps(list(full.values())), encoding="utf-8")

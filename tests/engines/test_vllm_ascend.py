@@ -9,26 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from agreement import divergences, linear_errors, simulated, watched
-from conftest import INT8, TOKEN, Quantize, Read, TinyFactory
+from agreement import divergences_in_step, simulated, watched
+from conftest import INT8, TOKEN, QConfig, Quantize, Read, TinyFactory
 from torch import Tensor, nn
 
 from modelslim.quantized import QuantizedLinear
 
 STATIC = {"scope": "per_tensor", "dtype": "int8", "symmetric": False, "method": "minmax"}
-SCHEMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+SCHEMES: Mapping[str, tuple[str, QConfig]] = {
     "W8A8_DYNAMIC": ("AscendW8A8DynamicLinearMethod", {"act": TOKEN, "weight": INT8}),
     "W8A8": ("AscendW8A8LinearMethod", {"act": STATIC, "weight": INT8}),
     "W8A16": ("AscendW8A16LinearMethod", {"weight": INT8}),
     "W8A16 asymmetric": ("AscendW8A16LinearMethod", {"weight": {**INT8, "symmetric": False}}),
 }
-DTYPES = ("bfloat16", "float16")
-CASES = [(scheme, dtype) for scheme in SCHEMES for dtype in DTYPES]
+BOUNDS = {"bfloat16": (1e-3, 2e-3), "float16": (3e-4, 1e-4)}
+"""By dtype: relative error of a linear's output, and KL of the model.
+
+A rounding to the dtype may fall elsewhere, and W8A8 rounds a bias to a whole number of its scale.
+"""
+CASES = [(scheme, dtype) for scheme in SCHEMES for dtype in BOUNDS]
 PROMPTS = [[0, 17, 300, 41, 8, 99, 256, 3, 77, 120], [5, 411, 23, 23, 68]]
 
 
@@ -40,7 +43,7 @@ def results(tiny_qwen2: TinyFactory, quantize: Quantize, read_with_vllm: Read) -
             "model": quantize(tiny_qwen2(dtype), "ascendv1_saver", SCHEMES[scheme][1]),
             "dtype": dtype,
             "prompts": PROMPTS,
-            "watched": watched(range(2)),
+            "watched": watched(2),
         }
         for scheme, dtype in CASES
     }
@@ -53,15 +56,13 @@ def test_the_engine_loads_the_scheme_and_computes_what_we_simulate(
 ) -> None:
     result = results[f"{scheme} {dtype}"]
     assert "error" not in result, result["error"]
-    kernels = {result["kernels"][name] for name in result["watched"]}
-    assert kernels == {SCHEMES[scheme][0]}
+    assert {result["kernels"][name] for name in result["watched"]} == {SCHEMES[scheme][0]}
     model = simulated(result, tiny_qwen2(dtype))
     if scheme == "W8A8":
         multiply_by_the_reciprocal(model, getattr(torch, dtype))
-    # One rounding to the dtype apart, in rare places.
-    assert max(linear_errors(result, model).values()) < {"bfloat16": 1e-3, "float16": 1e-4}[dtype]
-    # What the attention and the norms round differently flips a code now and then.
-    assert max(divergences(result, model)) < {"bfloat16": 2e-2, "float16": 1e-3}[dtype]
+    kls, error = divergences_in_step(result, model)
+    assert error < BOUNDS[dtype][0]
+    assert max(kls) < BOUNDS[dtype][1]
 
 
 def multiply_by_the_reciprocal(model: nn.Module, dtype: torch.dtype) -> None:

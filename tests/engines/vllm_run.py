@@ -33,22 +33,24 @@ class Job(TypedDict):
         dtype: of all floating computation.
         prompts: each a list of token numbers; none to load only.
         new_tokens: how many tokens to generate behind each, greedily.
+        stored: True to leave parameters as the loader filled them; such a model cannot compute.
         ascend: True to quantize with vllm-ascend's classes, its operators replaced by those of ``standins``.
         portable: True to multiply with the kernels for processors without matrix tiles, which know float32 and static
             scales.
         tracked: True to have the loader refuse a checkpoint that leaves a parameter unset.
-        watched: linears whose input and output are recorded during the first prompt.
-        kept: parameters whose values are written, as the engine holds them after loading.
+        watched: linears whose inputs and outputs are recorded while a prompt is read.
+        kept: modules whose parameters are written, as the engine holds them after loading.
         result: where to write JSON: ``tokens`` of every prompt, ``kernels`` (class by linear), ``parameters``
             (dtype and shape by name); or ``error``.
         tensors: where to write, as safetensors, the logits float32 [tokens, vocabulary] of every prompt as
-            ``logits.0``, ..., what was watched as ``<linear>.in`` and ``<linear>.out``, and what was kept.
+            ``0.logits``, ..., what was watched as ``0.<linear>.in`` and ``0.<linear>.out``, and what was kept.
     """
 
     model: str
     dtype: str
     prompts: list[list[int]]
     new_tokens: int
+    stored: bool
     ascend: bool
     portable: bool
     tracked: bool
@@ -63,9 +65,11 @@ def run(job: Job) -> dict[str, Any]:
     from safetensors.torch import save_file
     from vllm import LLM, SamplingParams
     from vllm.model_executor.kernels.linear.scaled_mm import cpu
+    from vllm.model_executor.model_loader import base_loader
 
     tiles = patch.object(cpu, "check_cpu_sgl_kernel", return_value=False) if job["portable"] else nullcontext()
-    with tiles:
+    untouched = patch.object(base_loader, "process_weights_after_loading") if job["stored"] else nullcontext()
+    with tiles, untouched:
         engine = LLM(
             model=job["model"],
             dtype=job["dtype"],
@@ -81,13 +85,16 @@ def run(job: Job) -> dict[str, Any]:
     model = engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
     result = {"tokens": [], "kernels": kernels(model), "parameters": parameters(model)}
     sampling = SamplingParams(temperature=0.0, max_tokens=job["new_tokens"], ignore_eos=True)
-    tensors: dict[str, Any] = {name: model.get_parameter(name).data for name in job["kept"]}
+    tensors: dict[str, Any] = {}
+    for module in job["kept"]:
+        held = model.get_submodule(module).named_parameters()
+        tensors.update({f"{module}.{name}": one.data for name, one in held})
     for index, prompt in enumerate(job["prompts"]):
-        with first_pass(model, [] if index else job["watched"]) as seen:
+        with first_pass(model, job["watched"]) as seen:
             outputs = engine.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
         result["tokens"].append(list(outputs[0].outputs[0].token_ids))
-        hidden = seen.pop("model")[: len(prompt)]
-        tensors.update(seen, **{f"logits.{index}": model.compute_logits(hidden).float()})
+        seen["logits"] = model.compute_logits(seen.pop("model")).float()
+        tensors.update({f"{index}.{name}": one[: len(prompt)] for name, one in seen.items()})
     save_file({name: one.contiguous() for name, one in tensors.items()}, job["tensors"])
     return result
 

@@ -59,4 +59,5 @@ def _cell(cell: Cell, notes: dict[str, int]) -> str:
 def _short(warning: str) -> str:
     """A warning without its place in the protocol and without the linears that it names."""
     text = re.sub(r"^\S+\.yaml:\d+:\d+: \S+: ", "", warning)
+    text = re.sub(r" \[[^\[\]]*\]", "", text)  # where the contract of an engine says so
     return re.sub(r" \([^()]*\)", "", text).partition("; ")[0]

@@ -209,7 +209,7 @@ def test_experts_of_a_layer_must_agree() -> None:
             "a.up_proj",
             QuantSpec(
                 TensorSpec("fp8_e4m3", "per_block", group_size=128, group_rows=128),
-                TensorSpec("fp8_e4m3", "per_group", group_size=128),
+                TensorSpec("fp8_e4m3", "per_block", group_size=128),
             ),
             (384, 256),
             2,

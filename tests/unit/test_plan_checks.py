@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from modelslim.errors import Diagnostic, ModelError, ModelSlimError, ProtocolErr
 from modelslim.patterns import Selector
 from modelslim.plan import Plan, make_plan
 from modelslim.registry import Registry
+from modelslim.session import Session
+from modelslim.types import Subgraph, Topology
 
 HEAD = "apiversion: modelslim_v1\nspec:\n  process:\n"
 SAVE = "  save:\n    - type: ascendv1_saver\n"
@@ -409,3 +412,28 @@ def test_a_protocol_that_selects_nothing_is_refused(tiny_llama: Path, protocol: 
     text = HEAD + entry('["*q_proj"]', more='      exclude: ["*"]\n') + SAVE
     (nothing,) = refused(tiny_llama, protocol(text))
     assert (nothing.path, nothing.message) == ("spec.process", "selects no linear: nothing would be quantized")
+
+
+def test_a_weight_that_layers_share_is_not_changed(
+    tiny_llama: Path, protocol: Protocol, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modelslim_transformers.adapter import TransformersAdapter
+
+    build = TransformersAdapter.build
+
+    def tied(self: TransformersAdapter) -> Any:
+        model = build(self)
+        layers = model.get_submodule("model.layers")
+        if len(layers) == 3:  # the model itself, and not the tiny one on which its forward is proven
+            layers[1].input_layernorm.weight = layers[0].input_layernorm.weight
+        return model
+
+    readers = tuple(f"model.layers.1.self_attn.{part}_proj" for part in "qkv")
+    careless = Topology((Subgraph("norm-linear", "model.layers.1.input_layernorm", readers),))
+    monkeypatch.setattr(TransformersAdapter, "build", tied)
+    monkeypatch.setattr(Session, "get_adapter_config_for_subgraph", lambda _session, _model: careless)
+    text = HEAD + "    - {type: iter_smooth}\n" + entry() + SAVE
+    (problem,) = refused(tiny_llama, protocol(text))
+    assert problem.path == "spec.process[0]"
+    message = "changes model.layers.1.input_layernorm.weight, which is model.layers.0.input_layernorm.weight as well"
+    assert message in problem.message

@@ -98,6 +98,13 @@ trust_remote_code_option = option(
     help="Run Python code that lies in the checkpoint.",
 )
 
+verify_option = option(
+    "--verify/--no-verify",
+    "check",
+    default=True,
+    help="Check the result before it gets its name.  [default: verify]",
+)
+
 json_option = option(
     "--json",
     is_flag=True,

@@ -6,12 +6,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import click
 
+from modelslim.cli.convert import convert_and_show
 from modelslim.cli.options import (
     config_path_option,
     device_option,
@@ -19,11 +20,11 @@ from modelslim.cli.options import (
     json_option,
     model_path_option,
     model_type_option,
-    option,
     quiet_option,
     save_path_option,
     tp_option,
     trust_remote_code_option,
+    verify_option,
 )
 from modelslim.cli.output import Output, pass_output
 
@@ -37,12 +38,7 @@ from modelslim.cli.output import Output, pass_output
 @engine_option
 @tp_option
 @trust_remote_code_option
-@option(
-    "--verify/--no-verify",
-    "check",
-    default=True,
-    help="Check the result before it gets its name.  [default: verify]",
-)
+@verify_option
 @json_option
 @quiet_option
 @pass_output
@@ -67,14 +63,35 @@ def command(
 
     prepare_threads()
     from modelslim.cli.progress import progress
+    from modelslim.convert_protocol import read_conversion
     from modelslim.plan import make_plan
     from modelslim.run import run_plan
     from modelslim.writer import check_save_path
 
     start = time.monotonic()
     check_save_path(save_path, model_path)
+    asked = read_conversion(config_path)
+    for warning in asked.warnings if asked else ():
+        output.warn(warning)
+    if asked and asked.protocol is None:
+        convert_and_show(
+            output,
+            model_path,
+            save_path,
+            asked.to,
+            part_file_size=asked.part_file_size,
+            engine=engine,
+            tp=tp,
+            trust_remote_code=trust_remote_code,
+            check=check,
+        )
+        return
     # What a plugin prints is not this command's result.
-    with progress(output, "quantizing") as observers, redirect_stdout(sys.stderr):
+    with (
+        asked.protocol_file() if asked else nullcontext(config_path) as config_path,
+        progress(output, "quantizing") as observers,
+        redirect_stdout(sys.stderr),
+    ):
         plan = make_plan(
             model_path,
             config_path,

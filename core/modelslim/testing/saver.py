@@ -37,12 +37,14 @@ import torch
 from torch import Tensor
 
 from modelslim.checkpoint import DTYPE_NAMES, byte_view
+from modelslim.engine_rules import check_model, choose_target
 from modelslim.errors import SaveError
 from modelslim.quantized import QuantizedLinear
+from modelslim.registry import Registry
 from modelslim.saver import PlannedModel, Saver, TensorRecord
 from modelslim.scales import range_to_scale, whole_scale
 from modelslim.testing.rounding import round_to_nearest
-from modelslim.types import LinearInfo, QuantSpec
+from modelslim.types import LinearInfo, Problem, QuantSpec
 from modelslim.writer import ShardWriter
 
 ROWS, COLUMNS = 128, 256
@@ -208,6 +210,17 @@ class SaverContract:
         torch.testing.assert_close(decoded.input_multiplier, module.input_multiplier, rtol=1e-6, atol=0)
         x = torch.randn(9, COLUMNS, generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(decoded(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+def planned_problems(saver: Saver, name: str, model: PlannedModel) -> list[Problem]:
+    """What a plan says of a model: what the saver cannot write, and what the engine that it writes for does not load.
+
+    Args:
+        saver: the saver.
+        name: its entry's name.
+        model: the planned model.
+    """
+    return check_model(saver, name, choose_target(None, 1, saver, Registry.scan()), model)
 
 
 def random_linear(saver: Saver, spec: QuantSpec, model_dtype: str, *, bias: bool = True) -> QuantizedLinear:

@@ -23,9 +23,11 @@ from modelslim.api import (
     from_e2m1_nibbles,
     from_e8m0,
     nearest,
+    to_signed,
+    unpack_bits,
 )
 from modelslim_ascendv1.caches import CACHE_TYPE, OFFSET, SCALE
-from modelslim_ascendv1.int4 import unpack_rows, unpack_words
+from modelslim_ascendv1.int4 import unpack_rows
 from modelslim_ascendv1.layout import DESCRIPTION, FLOAT_TYPE, INNER, MULTIPLIER, TYPES, layout
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -226,9 +228,14 @@ def _weight_scale(deq_scale: Tensor, input_scale: Tensor) -> Tensor:
     return (deq_scale / input_scale).clamp_(max=torch.finfo(torch.float32).max).view(-1, 1)
 
 
+def _unpack_words(packed: Tensor) -> Tensor:
+    """int32 [out, in / 8] -> int8 [out, in]."""
+    return to_signed(unpack_bits(packed, 4, packed.shape[1] * 8), 4)
+
+
 _CODES: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
     "W4A8_DYNAMIC": lambda parts: unpack_rows(parts["weight"]),
-    "W4A16": lambda parts: unpack_words(parts["weight_packed"]),
+    "W4A16": lambda parts: _unpack_words(parts["weight_packed"]),
     **dict.fromkeys(("W4A8_MXFP", "W4A4_MXFP4", "W4A16_MXFP4"), lambda parts: _float4(parts["weight"])),
 }
 """How codes are read where they are packed."""

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from modelslim.api import QuantizedLinear, SaveError, e2m1_nibbles, to_e8m0
-from modelslim_ascendv1.int4 import pack_rows, pack_words
+from modelslim.api import QuantizedLinear, SaveError, e2m1_nibbles, pack_bits, to_e8m0, to_unsigned
+from modelslim_ascendv1.int4 import pack_rows
 from modelslim_ascendv1.layout import INNER, MULTIPLIER, TP_SLICES, deq_scale_dtype, is_row_parallel
 from modelslim_ascendv1.schemes import refusals
 
@@ -112,7 +112,7 @@ def _packed_rows(name: str, module: QuantizedLinear, model_dtype: str) -> Tensor
 def _packed_words(name: str, module: QuantizedLinear, model_dtype: str) -> Tensors:
     """W4A16, under the names of compressed-tensors: eight inputs in one int32."""
     dtype: torch.dtype = getattr(torch, model_dtype)
-    yield "weight_packed", pack_words(module.codes)
+    yield "weight_packed", pack_bits(to_unsigned(module.codes, 4), 4)
     yield "weight_scale", module.scale.to(dtype)
     yield "weight_shape", torch.tensor(module.codes.shape, dtype=torch.int32)
     if module.offset is not None:

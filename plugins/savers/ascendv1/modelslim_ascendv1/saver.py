@@ -53,6 +53,7 @@ class AscendV1Saver(Saver):
         part_file_size: GiB after which a new weight file begins; 0 puts all into one file.
     """
 
+    engine = "vllm-ascend"
     stores_multipliers = True
     stores_caches = True
 

@@ -85,18 +85,3 @@ def _floating(weight: TensorSpec, activation: TensorSpec) -> Iterator[Refusal]:
 
 def _words(spec: TensorSpec) -> str:
     return "float" if spec.is_float else f"{spec.scope} {spec.dtype}"
-
-
-def describe(spec: QuantSpec | None) -> str:
-    """A linear's scheme in the words of a message, such as ``W8A16 (weight per_group 128)``; None is FLOAT."""
-    if spec is None:
-        return "FLOAT"
-    details = [text for text in (_details("weight", spec.weight), _details("activation", spec.activation)) if text]
-    return f"{spec.scheme} ({', '.join(details)})" if details else spec.scheme
-
-
-def _details(operand: str, spec: TensorSpec) -> str:
-    words = [f"{spec.scope} {spec.group_size}"] if spec.scope == "per_group" else []
-    if not spec.symmetric:
-        words.append("asymmetric")
-    return " ".join([operand, *words]) if words else ""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from modelslim.api import FLOAT, PlannedModel, Problem, QuantSpec, TensorSpec
+from modelslim.testing.saver import planned_problems
 from modelslim_ascendv1.saver import AscendV1Saver
 
 Plan = Callable[..., PlannedModel]
@@ -27,7 +28,7 @@ TOKEN, STATIC = TensorSpec("int8", "per_token"), TensorSpec("int8", "per_tensor"
 
 
 def check(model: PlannedModel) -> list[Problem]:
-    return list(AscendV1Saver().check(model))
+    return planned_problems(AscendV1Saver(), "ascendv1_saver", model)
 
 
 def only(model: PlannedModel) -> Problem:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modelslim.api import ModelError, PlannedModel, QuantizedLinear, QuantSpec, TensorRecord
+from modelslim.testing.saver import planned_problems
 from modelslim_ascendv1.saver import AscendV1Saver
 
 NAME = "model.layers.0.mlp.down_proj"
@@ -97,9 +98,10 @@ def test_it_is_said_that_one_engine_does_not_load_them(
     specs: Mapping[str, QuantSpec], planned: Callable[..., PlannedModel]
 ) -> None:
     model = planned({NAME: specs["dynamic"]})
-    assert list(AscendV1Saver().check(model)) == []
+    saver = AscendV1Saver()
+    assert planned_problems(saver, "ascendv1_saver", model) == []
     linears = {name: replace(info, has_multiplier=True) for name, info in model.linears.items()}
-    (problem,) = AscendV1Saver().check(replace(model, linears=linears))
+    (problem,) = planned_problems(saver, "ascendv1_saver", replace(model, linears=linears))
     assert not problem.fatal and problem.linear == NAME
     assert problem.message.startswith("vLLM-Ascend has no linear whose input is multiplied first")
-    assert "MindIE" in problem.hint
+    assert "non-fusion" in problem.hint

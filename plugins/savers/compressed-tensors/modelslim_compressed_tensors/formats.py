@@ -38,21 +38,22 @@ class Format:
     scales: Scales
 
 
-def _takes(*dtypes: str, weight_only: bool | None = None) -> Callable[[QuantSpec], bool]:
-    """Schemes with one of these dtypes of the weight, and with float inputs or not where that matters."""
-    return lambda spec: spec.weight.dtype in dtypes and weight_only in (None, spec.activation.is_float)
+def _takes(weights: tuple[str, ...], *inputs: str) -> Callable[[QuantSpec], bool]:
+    """Schemes with one of these dtypes of the weight, and one of those of the inputs, or any where none is given."""
+    return lambda spec: spec.weight.dtype in weights and (not inputs or spec.activation.dtype in inputs)
 
 
 INTEGERS = ("int8", "int4", "int3", "int2")
 
 FORMATS = (
-    Format("int-quantized", _takes(*INTEGERS, weight_only=False), PLAIN, HELD),
-    Format("pack-quantized", _takes(*INTEGERS, weight_only=True), WORDS, HELD),
-    Format("float-quantized", _takes("fp8_e4m3", weight_only=False), PLAIN, HELD),
-    Format("naive-quantized", _takes("fp8_e4m3", weight_only=True), PLAIN, HELD),
-    Format("mxfp8-quantized", _takes("mxfp8"), PLAIN, EXPONENTS),
-    Format("mxfp4-pack-quantized", _takes("mxfp4"), NIBBLES, EXPONENTS),
-    Format("nvfp4-pack-quantized", _takes("nvfp4"), NIBBLES, SHARES),
+    Format("int-quantized", _takes(INTEGERS, "int8"), PLAIN, HELD),
+    # The package would store inputs of float8 beside codes that are not packed, and vLLM reads packed ones.
+    Format("pack-quantized", _takes(INTEGERS, "float", "fp8_e4m3"), WORDS, HELD),
+    Format("float-quantized", _takes(("fp8_e4m3",), "fp8_e4m3"), PLAIN, HELD),
+    Format("naive-quantized", _takes(("fp8_e4m3",), "float"), PLAIN, HELD),
+    Format("mxfp8-quantized", _takes(("mxfp8",)), PLAIN, EXPONENTS),
+    Format("mxfp4-pack-quantized", _takes(("mxfp4",)), NIBBLES, EXPONENTS),
+    Format("nvfp4-pack-quantized", _takes(("nvfp4",)), NIBBLES, SHARES),
 )
 
 

@@ -23,6 +23,7 @@ from modelslim.api import (
 from modelslim_compressed_tensors.config import quantization_config
 from modelslim_compressed_tensors.decode import KEY, read_layout, recognizes
 from modelslim_compressed_tensors.encode import encode
+from modelslim_compressed_tensors.engine import check_config
 from modelslim_compressed_tensors.formats import layout, sizes
 from modelslim_compressed_tensors.rules import find_problems
 from modelslim_compressed_tensors.schemes import refusals
@@ -39,6 +40,8 @@ class CompressedTensorsSaver(Saver):
     Args:
         part_file_size: GiB after which a new weight file begins; 0 puts all into one file.
     """
+
+    engine = "vllm"
 
     def __init__(self, part_file_size: float = 4) -> None:
         self._max_shard_bytes = ceil(part_file_size * _GIB)
@@ -101,3 +104,8 @@ class CompressedTensorsSaver(Saver):
             ModelError: config.json and the tensors contradict each other; names the tensor.
         """
         return read_layout(path, shapes)
+
+    @classmethod
+    def check_files(cls, path: Path) -> Sequence[Problem]:
+        """What the compressed-tensors package, where it is installed, says of ``quantization_config``."""
+        return check_config(path / "config.json")

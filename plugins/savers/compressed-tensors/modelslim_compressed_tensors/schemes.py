@@ -29,12 +29,12 @@ SCOPES: Mapping[str, tuple[str, ...]] = {
 }
 """Scopes of weights, by dtype."""
 
-INPUTS: Mapping[str, str] = {
-    "int8": "int8",
-    "int4": "int8",
-    **{dtype: dtype for dtype in ("fp8_e4m3", "mxfp8", "mxfp4", "nvfp4")},
+INPUTS: Mapping[str, tuple[str, ...]] = {
+    "int8": ("int8",),
+    "int4": ("int8", "fp8_e4m3"),
+    **{dtype: (dtype,) for dtype in ("fp8_e4m3", "mxfp8", "mxfp4", "nvfp4")},
 }
-"""The dtype that quantized activations have, by that of the weight."""
+"""Dtypes that quantized activations have, by that of the weight."""
 
 _BLOCK = 128
 """Rows and columns of the blocks of a float8 weight, and inputs of the groups that go with them."""
@@ -47,8 +47,8 @@ def refusals(spec: QuantSpec) -> Iterator[Refusal]:
         yield Refusal(f"{weight.dtype} weights", f"weights become {', '.join(SCOPES)}")
         return
     if weight.scope not in SCOPES[weight.dtype]:
-        allowed = " or ".join(SCOPES[weight.dtype])
-        yield Refusal(f"{weight.dtype} {weight.scope} weights", f"use scope {allowed} for the weight")
+        scopes = " or ".join(SCOPES[weight.dtype])
+        yield Refusal(f"{weight.dtype} {weight.scope} weights", f"use scope {scopes} for the weight")
     if (
         weight.scope == "per_block"
         and weight.dtype == "fp8_e4m3"
@@ -60,17 +60,17 @@ def refusals(spec: QuantSpec) -> Iterator[Refusal]:
         )
     if activation.is_float:
         return
-    if activation.dtype != INPUTS.get(weight.dtype):
-        needed = INPUTS.get(weight.dtype)
+    allowed = INPUTS.get(weight.dtype, ())
+    if activation.dtype not in allowed:
         yield Refusal(
             f"{weight.dtype} weights with {activation.dtype} activations",
-            f"use {needed} for the activation, or float to quantize the weight only"
-            if needed
+            f"use {' or '.join(allowed)} for the activation, or float to quantize the weight only"
+            if allowed
             else "leave the activation float, or use int8 or int4 for the weight",
         )
-    elif weight.is_integer:
+    elif activation.is_integer:
         yield from _integer_inputs(weight, activation)
-    elif weight.dtype == "fp8_e4m3":
+    elif activation.dtype == "fp8_e4m3":
         yield from _float8_inputs(weight, activation)
 
 
@@ -101,7 +101,14 @@ def _integer_inputs(weight: TensorSpec, activation: TensorSpec) -> Iterator[Refu
 def _float8_inputs(weight: TensorSpec, activation: TensorSpec) -> Iterator[Refusal]:
     if not activation.symmetric:
         yield Refusal("asymmetric float8 activations", "use symmetric: true for the activation")
-    if weight.scope == "per_block":
+    if not weight.symmetric:
+        yield Refusal("asymmetric weights with float8 activations", "use symmetric: true for the weight")
+    if weight.is_integer and activation.scope != "per_token":
+        yield Refusal(
+            f"{weight.dtype} weights with {activation.scope} float8 activations",
+            "use scope per_token for the activation",
+        )
+    elif weight.scope == "per_block":
         if activation.group_size != _BLOCK:
             yield Refusal(
                 f"float8 weights in blocks with {activation.scope} activations",
@@ -112,18 +119,3 @@ def _float8_inputs(weight: TensorSpec, activation: TensorSpec) -> Iterator[Refus
             f"float8 per_channel weights with {activation.scope} activations",
             "use scope per_token (dynamic) or per_tensor (static) for the activation",
         )
-
-
-def describe(spec: QuantSpec | None) -> str:
-    """A linear's scheme in the words of a message, such as ``W8A16 (weight per_group 128)``; None is FLOAT."""
-    if spec is None:
-        return "FLOAT"
-    details = [text for text in (_details("weight", spec.weight), _details("activation", spec.activation)) if text]
-    return f"{spec.scheme} ({', '.join(details)})" if details else spec.scheme
-
-
-def _details(operand: str, spec: TensorSpec) -> str:
-    words = [f"{spec.scope} {spec.group_size}"] if spec.scope == "per_group" else []
-    if not spec.symmetric:
-        words.append("asymmetric")
-    return " ".join([operand, *words]) if words else ""

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings: what the format can hold and one of its engines does not run, by the versions that were tried or read."""
+"""Warnings: what the format can hold and an engine does not run, by the versions that were tried."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from modelslim.api import PlannedModel, Problem
+from modelslim.api import PlannedLinear, PlannedModel, Problem, QuantSpec, fusions, listed
 from modelslim_compressed_tensors.formats import format_of
-from modelslim_compressed_tensors.planned import Linear, listed
 from modelslim_compressed_tensors.scales import HELD
 
 TRANSFORMERS = "transformers (5.23 with compressed-tensors 0.20)"
@@ -17,7 +16,9 @@ VLLM = "vLLM (0.32)"
 _STACKED_EXPERTS = ".experts.gate_up_proj"
 
 
-def find_warnings(linears: Sequence[Linear], storable: Sequence[Linear], model: PlannedModel) -> Iterator[Problem]:
+def find_warnings(
+    linears: Sequence[PlannedLinear], storable: Sequence[PlannedLinear], model: PlannedModel
+) -> Iterator[Problem]:
     """All warnings.
 
     Args:
@@ -27,14 +28,14 @@ def find_warnings(linears: Sequence[Linear], storable: Sequence[Linear], model: 
     """
     yield from _zero_points(storable)
     yield from _w4a8(storable)
+    yield from _fused_blocks(storable)
     yield from _bfloat16_only(storable, model)
-    yield from _static_experts(storable)
     if storable:
         yield from _fused_experts(linears, model)
 
 
-def _zero_points(linears: Iterable[Linear]) -> Iterator[Problem]:
-    schemes: dict[str, list[Linear]] = defaultdict(list)
+def _zero_points(linears: Iterable[PlannedLinear]) -> Iterator[Problem]:
+    schemes: dict[str, list[PlannedLinear]] = defaultdict(list)
     for linear in linears:
         assert linear.spec is not None
         if not linear.spec.weight.symmetric:
@@ -50,7 +51,7 @@ def _zero_points(linears: Iterable[Linear]) -> Iterator[Problem]:
         )
 
 
-def _w4a8(linears: Iterable[Linear]) -> Iterator[Problem]:
+def _w4a8(linears: Iterable[PlannedLinear]) -> Iterator[Problem]:
     members = [linear for linear in linears if linear.spec is not None and linear.spec.scheme == "W4A8_DYNAMIC"]
     if members:
         yield Problem(
@@ -61,7 +62,25 @@ def _w4a8(linears: Iterable[Linear]) -> Iterator[Problem]:
         )
 
 
-def _bfloat16_only(linears: Iterable[Linear], model: PlannedModel) -> Iterator[Problem]:
+def _fused_blocks(linears: Iterable[PlannedLinear]) -> Iterator[Problem]:
+    blocks = [linear for linear in linears if linear.spec is not None and linear.spec.weight.group_rows > 1]
+    short = [
+        member
+        for _, members in fusions(blocks)
+        for member in members
+        if member.spec is not None and member.info.out_features % member.spec.weight.group_rows
+    ]
+    if short:
+        yield Problem(
+            f"{VLLM} fuses linears of float8 blocks only when each has whole blocks of outputs, which "
+            f"{short[0].info.out_features} are not; it will not load {listed(short)}",
+            hint="use scope per_channel for the weight of these and of those fused with them",
+            linear=short[0].info.name,
+            fatal=False,
+        )
+
+
+def _bfloat16_only(linears: Iterable[PlannedLinear], model: PlannedModel) -> Iterator[Problem]:
     members = [linear for linear in linears if linear.spec is not None and format_of(linear.spec).scales is not HELD]
     if members and model.dtype != "bfloat16":
         dtypes = sorted({linear.spec.weight.dtype for linear in members if linear.spec is not None})
@@ -74,43 +93,46 @@ def _bfloat16_only(linears: Iterable[Linear], model: PlannedModel) -> Iterator[P
         )
 
 
-def _static_experts(linears: Iterable[Linear]) -> Iterator[Problem]:
-    members = [linear for linear in linears if linear.moe and linear.spec is not None and linear.spec.is_static]
-    if members:
-        yield Problem(
-            f"{VLLM} runs no experts with static activations; it will not load {listed(members)}",
-            hint="use scope per_token for the activation, or leave it float",
-            linear=members[0].info.name,
-            fatal=False,
-        )
-
-
-def _fused_experts(linears: Iterable[Linear], model: PlannedModel) -> Iterator[Problem]:
+def _fused_experts(linears: Iterable[PlannedLinear], model: PlannedModel) -> Iterator[Problem]:
     """What transformers does with experts that it holds in one weight per layer, and that are stored one by one."""
     stacked = {name.rpartition(".")[0] for name in model.tensors if name.endswith(_STACKED_EXPERTS)}
     experts = [linear for linear in linears if linear.info.bank]
-    at_random = [linear for linear in experts if linear.spec is not None and linear.moe in stacked]
-    if at_random:
-        yield Problem(
-            f"{TRANSFORMERS} knows the experts of this model as one tensor per layer only: it passes over quantized "
-            f"ones and leaves random weights in their place, without an error ({listed(at_random)})",
-            hint="serve the result with vLLM, or leave the experts in float",
-            linear=at_random[0].info.name,
-            fatal=False,
+    quantized = [linear for linear in experts if linear.spec is not None]
+    apart = [linear for linear in quantized if linear.moe not in stacked]
+    yield from _of_experts(
+        [linear for linear in quantized if linear.moe in stacked],
+        "knows the experts of this model as one tensor per layer only: it passes over quantized ones and leaves random "
+        "weights in their place, without an error",
+    )
+    yield from _of_experts(
+        [linear for linear in apart if linear.spec is not None and linear.spec.weight.dtype == "nvfp4"],
+        "reads experts of nvfp4 without the scale of the whole weight: it computes nonsense, without an error",
+    )
+    yield from _of_experts(
+        [linear for linear in apart if linear.spec is not None and _stops_at(linear.spec)],
+        "loads experts whose weights alone are quantized, to symmetric integers, fp8_e4m3 per_channel or mxfp4; it "
+        "stops with an error at others",
+    )
+    if any(spec.weight.element != "e4m3" for spec in model.specs.values()):
+        yield from _of_experts(
+            [linear for linear in experts if linear.spec is None and linear.moe not in stacked],
+            "loads float experts only beside linears of float8; it stops with an error at these",
         )
-    refused = [linear for linear in experts if linear.moe not in stacked and not _is_packed(linear)]
-    if refused:
-        quantized = [linear for linear in refused if linear.spec is not None]
-        how = "quantized in another way" if quantized else "left in float"
+
+
+def _of_experts(members: Sequence[PlannedLinear], does: str) -> Iterator[Problem]:
+    if members:
         yield Problem(
-            f"{TRANSFORMERS} loads experts of a quantized model only when their weights alone are quantized, and "
-            f"symmetric; it stops with an error at those {how} ({listed(quantized or refused)})",
-            hint="serve the result with vLLM, or give the experts such a scheme",
-            linear=quantized[0].info.name if quantized else None,
+            f"{TRANSFORMERS} {does} ({listed(members)})",
+            hint="serve the result with vLLM, or give the experts another scheme",
+            linear=members[0].info.name if members[0].spec is not None else None,
             fatal=False,
         )
 
 
-def _is_packed(linear: Linear) -> bool:
-    """True for an expert that transformers can take apart."""
-    return linear.spec is not None and linear.spec.activation.is_float and linear.spec.weight.symmetric
+def _stops_at(spec: QuantSpec) -> bool:
+    weight = spec.weight
+    if weight.is_integer:
+        return spec.activation.is_integer or not weight.symmetric
+    # Inputs of floating experts are not rounded, whatever the scheme says.
+    return weight.dtype == "mxfp8" or (weight.dtype == "fp8_e4m3" and weight.scope != "per_channel")

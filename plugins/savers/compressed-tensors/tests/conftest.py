@@ -45,6 +45,7 @@ SPECS: Mapping[str, QuantSpec] = {
     "dynamic-asymmetric": QuantSpec(INT8, TensorSpec("int8", "per_token", symmetric=False)),
     "w4a8": QuantSpec(TensorSpec("int4", "per_channel"), TOKEN),
     "w4a8-group": QuantSpec(grouped("int4"), TOKEN),
+    "w4a8-float8": QuantSpec(grouped("int4"), TensorSpec("fp8_e4m3", "per_token")),
     "w8a16": QuantSpec(INT8, FLOAT),
     "w8a16-asymmetric": QuantSpec(TensorSpec("int8", "per_channel", symmetric=False), FLOAT),
     "w8a16-group": QuantSpec(grouped("int8"), FLOAT),
@@ -95,12 +96,16 @@ def plan(
     matrices: Iterable[str] = (),
     stored: Mapping[str, str] | None = None,
     biased: Iterable[str] = (),
+    shapes: Mapping[str, tuple[int, int]] | None = None,
 ) -> PlannedModel:
     """A planned model with these linears (None: float), 64 x 64, in layers unless their names have no number."""
     linears = {}
     for name in specs:
         unit = name.rpartition(".")[0] if any(part.isdigit() for part in name.split(".")) else ""
-        linears[name] = LinearInfo(name, (stored or {}).get(name, name), unit, 64, 64, name in biased, "bfloat16")
+        rows, columns = (shapes or {}).get(name, (64, 64))
+        linears[name] = LinearInfo(
+            name, (stored or {}).get(name, name), unit, rows, columns, name in biased, "bfloat16"
+        )
     return PlannedModel(
         config or {},
         "bfloat16",
@@ -115,6 +120,12 @@ def plan(
 @pytest.fixture(params=SPECS)
 def scheme(request: pytest.FixtureRequest) -> str:
     """Name of each scheme that the format has."""
+    return str(request.param)
+
+
+@pytest.fixture(params=[name for name, spec in SPECS.items() if spec.weight.dtype[:3] in ("int", "fp8")])
+def plain_scheme(request: pytest.FixtureRequest) -> str:
+    """Name of each scheme whose scales have the dtype of the model."""
     return str(request.param)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from modelslim.api import PlannedModel, Problem, QuantSpec
+from modelslim.testing.saver import planned_problems
 from modelslim_compressed_tensors.saver import CompressedTensorsSaver
 
 Planned = Callable[..., PlannedModel]
@@ -20,7 +21,7 @@ MEMBERS = ("gate_proj", "up_proj", "down_proj")
 
 
 def check(model: PlannedModel) -> list[Problem]:
-    return list(CompressedTensorsSaver().check(model))
+    return planned_problems(CompressedTensorsSaver(), "compressed_tensors_saver", model)
 
 
 def only(model: PlannedModel) -> Problem:
@@ -57,6 +58,14 @@ def test_experts_pass(name: str, specs: Specs, planned: Planned) -> None:
 def test_blocks_that_the_inputs_do_not_fill_are_refused(specs: Specs, planned: Planned) -> None:
     problem = only(planned({f"{LAYER}.a": specs["fp8-block"], f"{LAYER}.b": specs["fp8-block"]}))
     assert problem.fatal and f"64 inputs do not give ({LAYER}.a and 1 more)" in problem.message
+
+
+def test_fused_blocks_that_the_outputs_do_not_fill_are_warned_of(specs: Specs, planned: Planned) -> None:
+    linears = {f"{LAYER}.self_attn.{last}": specs["fp8-block"] for last in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    sizes = dict(zip(linears, ((256, 128), (64, 128), (64, 128), (64, 256)), strict=True))
+    problem = only(planned(linears, shapes=sizes))
+    assert not problem.fatal and f"64 are not; it will not load {LAYER}.self_attn.k_proj and 1 more" in problem.message
+    assert check(planned({f"{LAYER}.self_attn.o_proj": specs["fp8-block"]}, shapes=sizes)) == []
 
 
 def test_fused_linears_of_several_schemes_are_refused_once_for_all_layers(specs: Specs, planned: Planned) -> None:
@@ -115,15 +124,22 @@ def test_w4a8_is_warned_of(specs: Specs, planned: Planned) -> None:
 
 def test_static_experts_are_warned_of(specs: Specs, planned: Planned) -> None:
     problem = only(planned(experts(specs["static"])))
-    assert not problem.fatal and "static activations" in problem.message
+    assert not problem.fatal and "W8A8 for dense linears only" in problem.message
 
 
 @pytest.mark.parametrize(
     ("name", "other", "text"),
     [
         ("w4a16", "w4a16", ""),
-        ("dynamic", "w4a16", f"quantized in another way ({EXPERTS}.0.gate_proj and 5 more)"),
-        ("", "w4a16", f"left in float ({EXPERTS}.0.gate_proj and 5 more)"),
+        ("w4a16", "static", ""),
+        ("fp8", "fp8", ""),
+        ("mxfp4-weight", "mxfp4-weight", ""),
+        ("dynamic", "w4a16", "stops with an error at others"),
+        ("mxfp8", "w4a16", "stops with an error at others"),
+        ("fp8-block", "w4a16", "stops with an error at others"),
+        ("nvfp4", "w4a16", "nonsense, without an error"),
+        ("", "w4a16", "stops with an error at these"),
+        ("", "fp8", ""),
         ("", "", ""),
     ],
 )
@@ -131,9 +147,11 @@ def test_what_transformers_does_with_fused_experts(
     name: str, other: str, text: str, specs: Specs, planned: Planned
 ) -> None:
     linears = {**experts(specs.get(name)), f"{LAYER}.self_attn.o_proj": specs.get(other)}
-    problems = check(fused(planned(linears)))
+    whole = dict.fromkeys(linears, (128, 128))
+    problems = check(fused(planned(linears, shapes=whole)))
     assert [problem.fatal for problem in problems] == ([False] if text else [])
-    assert all(text in problem.message and problem.hint for problem in problems)
+    for problem in problems:
+        assert f"{text} ({EXPERTS}.0.gate_proj and 5 more)" in problem.message and problem.hint
 
 
 def test_experts_that_the_source_stores_stacked_are_warned_of_when_quantized(specs: Specs, planned: Planned) -> None:

@@ -32,6 +32,8 @@ REFUSED = {
     "W8A4_DYNAMIC": QuantSpec(INT8, replace(DYNAMIC, dtype="int4")),
     "W2A8_DYNAMIC": QuantSpec(replace(INT4, dtype="int2"), DYNAMIC),
     "W8A8FP8-asymmetric": QuantSpec(FP8, TensorSpec("fp8_e4m3", "per_tensor", symmetric=False)),
+    "W4A8FP8": QuantSpec(INT4, TensorSpec("fp8_e4m3", "per_tensor")),
+    "W4A8FP8-asymmetric-weight": QuantSpec(replace(INT4, symmetric=False), TensorSpec("fp8_e4m3", "per_token")),
     "W8A8FP8-int8": QuantSpec(FP8, DYNAMIC),
     "W8A8FP8-block-token": QuantSpec(
         TensorSpec("fp8_e4m3", "per_block", group_size=128, group_rows=128), TensorSpec("fp8_e4m3", "per_token")
