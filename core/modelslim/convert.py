@@ -17,6 +17,7 @@ from modelslim.checkpoint import DTYPE_NAMES, Checkpoint, byte_view
 from modelslim.convert_plan import Conversion, decode, plan_conversion
 from modelslim.convert_source import Piece
 from modelslim.errors import Diagnostic, VerificationError
+from modelslim.exactness import round_scales
 from modelslim.files import copy_companions
 from modelslim.kv_cache import QuantizedCache
 from modelslim.loader import Loader
@@ -37,6 +38,7 @@ def convert(
     part_file_size: float | None = None,
     engine: str | None = None,
     tp: int = 1,
+    round_scales: bool = False,
     trust_remote_code: bool = False,
     check: bool = True,
     observers: Sequence[tuple[str, object]] = (),
@@ -54,6 +56,8 @@ def convert(
             default.
         engine: refuse what this engine does not load; see ``make_plan``.
         tp: the engine's degree of tensor parallelism.
+        round_scales: round scales to the type in which the engine of the result holds them, instead of refusing;
+            codes stay, so a weight changes as its scale does.
         trust_remote_code: allow code of the checkpoint to run.
         check: verify the result before it gets its name.
         observers: further plugins of this run, by name.
@@ -73,6 +77,7 @@ def convert(
         part_file_size=part_file_size,
         engine=engine,
         tp=tp,
+        round_scales=round_scales,
         trust_remote_code=trust_remote_code,
         observers=observers,
     )
@@ -145,6 +150,8 @@ def _encoded(conversion: Conversion, piece: Piece) -> Iterator[tuple[str, Tensor
             for name, tensor in saver.encode_cache(source.places[piece.name], module, dtype):
                 yield name, tensor, None, module.spec
         return
+    if conversion.round_scales:
+        round_scales(saver, module, dtype)
     for name, tensor in saver.encode(piece.name, module, dtype):
         yield name, tensor, None if conversion.to_float else module.spec, None
 

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 from torch import Tensor
 
 from modelslim.convert_source import Piece, Source, open_source
-from modelslim.engine_rules import choose_target, find_problems
+from modelslim.engine_rules import check_model, choose_target
 from modelslim.errors import CapabilityError, Diagnostic, SaveError, UsageError, nearest
-from modelslim.exactness import Loss, as_plain_cache, lost, lost_of_cache, told_once, unexplained
+from modelslim.exactness import Loss, as_plain_cache, lost, lost_of_cache, round_scales, told_once, unexplained
 from modelslim.float_saver import FloatSaver
 from modelslim.kv_cache import QuantizedCache
 from modelslim.model_info import other_matrices
@@ -21,7 +21,7 @@ from modelslim.quantized import QuantizedLinear
 from modelslim.registry import Registry
 from modelslim.saved_config import without_quantization
 from modelslim.saver import PlannedModel, Saver
-from modelslim.types import LinearInfo, Problem, QuantSpec, TensorSpec
+from modelslim.types import LinearInfo, QuantSpec, TensorSpec
 
 FLOAT = "float"
 """The target that is no saver's format: the model's own dtype, without quantization."""
@@ -40,6 +40,7 @@ class Conversion:
         specs: schemes of the quantized linears of the source, by stored name.
         warnings: what the user should know.
         registry: the installed plugins.
+        round_scales: True when scales are rounded to what the engine holds.
     """
 
     source: Source
@@ -50,6 +51,7 @@ class Conversion:
     specs: Mapping[str, QuantSpec]
     warnings: Sequence[str]
     registry: Registry
+    round_scales: bool
 
     @property
     def to_float(self) -> bool:
@@ -64,6 +66,7 @@ def plan_conversion(
     part_file_size: float | None = None,
     engine: str | None = None,
     tp: int = 1,
+    round_scales: bool = False,
     trust_remote_code: bool = False,
     observers: Sequence[tuple[str, object]] = (),
 ) -> Conversion:
@@ -83,12 +86,11 @@ def plan_conversion(
             f"{path} holds a float model in another form, which becomes a plain one with --to {FLOAT}",
             hint="`modelslim quant` reads it as it is",
         )
-    found = _Examination(source, saver, to == FLOAT)
+    found = _Examination(source, saver, to == FLOAT, round_scales and to != FLOAT)
     with source.checkpoint:
         found.read()
     planned = found.planned()
-    problems: list[Problem] = [*saver.check(planned)]
-    problems += find_problems(target, to, planned) if target else ()
+    problems = check_model(saver, to, target, planned)
     fatal = [Diagnostic(problem.message, hint=problem.hint) for problem in problems if problem.fatal]
     # Of a scheme that the saver refuses it has told above.
     mistakes = [*fatal, *told_once(found.losses), *(() if fatal else told_once(found.refused))]
@@ -99,7 +101,10 @@ def plan_conversion(
     warnings = [str(Diagnostic(problem.message, hint=problem.hint)) for problem in problems]
     if to == FLOAT and source.caches:
         warnings.append(f"the scales of {len(source.caches)} key/value caches are left out: the cache becomes float")
-    return Conversion(source, to, saver, planned, found.sizes, found.specs, warnings, registry)
+    if found.change:
+        warnings.append(f"scales were rounded to what the format's engine holds, by up to {found.change:.2%}")
+    rounds = found.round_scales
+    return Conversion(source, to, saver, planned, found.sizes, found.specs, warnings, registry, rounds)
 
 
 def make_saver(to: str, part_file_size: float | None, registry: Registry) -> Saver:
@@ -131,24 +136,28 @@ class _Examination:
     Attributes:
         source: the checkpoint.
         saver: writes the result.
-        rounds: True when the result is float and need not keep codes and scales.
+        to_float: True when the result is float and need not keep codes and scales.
+        round_scales: True when scales are to be rounded to what the engine holds.
         linears: the linears as they turned out to be, by name in the model.
         specs: their schemes by stored name.
         cache_specs: what caches become, by name of the place.
         sizes: bytes of all tensors of the result.
         losses: what the result would not keep.
         refused: linears that the saver does not encode.
+        change: the largest relative change of a scale that was rounded.
     """
 
     source: Source
     saver: Saver
-    rounds: bool
+    to_float: bool
+    round_scales: bool
     linears: dict[str, LinearInfo] = field(default_factory=dict)
     specs: dict[str, QuantSpec] = field(default_factory=dict)
     cache_specs: dict[str, TensorSpec] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     losses: list[Loss] = field(default_factory=list)
     refused: list[Loss] = field(default_factory=list)
+    change: float = 0.0
 
     def read(self) -> None:
         """Read them, one at a time."""
@@ -201,19 +210,21 @@ class _Examination:
         )
         self.linears[linear.name], self.specs[stored] = linear, module.spec
         self.losses += unexplained(self.source.saver, stored, module, tensors, dtype)
+        if self.round_scales:
+            self.change = max(self.change, round_scales(self.saver, module, dtype))
         if linear.has_multiplier and not self.saver.stores_multipliers:
             self.losses.append(Loss(stored, "its input is multiplied, and the format has no place for that"))
             return
         try:
             sizes = {name: tensor.nbytes for name, tensor in self.saver.encode(stored, module, dtype)}
             self.sizes.update(sizes)
-            if not self.rounds:
+            if not self.to_float:
                 self.losses += lost(self.saver, linear, module, dtype, folder)
         except SaveError as error:
             self.refused.append(Loss(stored, error.message.removeprefix(f"{stored}: "), hint=error.hint))
 
     def _cache(self, stored: str, module: QuantizedCache, folder: Path) -> None:
-        if self.rounds:
+        if self.to_float:
             return
         place, dtype = self.source.places[stored], self.source.info.dtype
         if not self.saver.stores_caches:

@@ -5,20 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from modelslim.adapters import choose_adapter, open_session
-from modelslim.checkpoint import Checkpoint, StoredTensor
+from modelslim.checkpoint import Checkpoint
 from modelslim.errors import ModelError, nearest
 from modelslim.kv_cache import find_places
 from modelslim.loader import Loader
 from modelslim.model_info import ModelInfo, describe
 from modelslim.registry import Registry
 from modelslim.saved import find_saver
-from modelslim.saved_config import opened_as_float
+from modelslim.saved_config import named_as_float, opened_as_float
 from modelslim.saver import SavedCache, SavedLinear, Saver
 from modelslim.session import Session
 from modelslim.types import CacheInfo, LinearInfo
@@ -70,8 +70,7 @@ class Source:
     @property
     def copied(self) -> list[str]:
         """Names of the tensors that no quantized linear and no cache holds."""
-        held = {name for one in (*self.saved.values(), *self.caches.values()) for name in one.tensors}
-        return [name for name in self.checkpoint.tensors if name not in held]
+        return [piece.name for pieces in self.pieces().values() for piece in pieces if piece.saved is None]
 
     def pieces(self) -> dict[Path, list[Piece]]:
         """All of it in the order in which it lies on the disk, by weight file."""
@@ -112,7 +111,7 @@ def open_source(
         caches: Mapping[str, SavedCache] = {}
         if saver:
             saved, caches = saver.read_layout(path, checkpoint.shapes), saver.read_caches(path, checkpoint.shapes)
-            own = Checkpoint(path, _as_float(checkpoint, saved))
+            own = Checkpoint(path, named_as_float(checkpoint.tensors, saved))
         else:
             decoded = session.get_decoded_tensors(checkpoint.stored)
             if not decoded:
@@ -131,15 +130,3 @@ def open_source(
             what = "is quantized and is no linear of the model" if stored in saved else "fills no cache of the model"
             raise ModelError(f"{stored} {what}", hint=nearest(stored, linears))
     return Source(checkpoint, format_, saver, saved, caches, places, session, model, info, loader, linears)
-
-
-def _as_float(checkpoint: Checkpoint, saved: Mapping[str, SavedLinear]) -> dict[str, StoredTensor]:
-    """The tensors by the names that a float checkpoint would have, by which adapters know them."""
-    held = {name for linear in saved.values() for name in linear.tensors}
-    floats = {name: stored for name, stored in checkpoint.tensors.items() if name not in held}
-    for name, linear in saved.items():
-        codes = max((checkpoint.tensors[one] for one in linear.tensors), key=lambda one: one.nbytes)
-        floats[f"{name}.weight"] = replace(codes, name=f"{name}.weight", dtype="BF16")
-        if f"{name}.bias" in held:
-            floats[f"{name}.bias"] = checkpoint.tensors[f"{name}.bias"]
-    return floats

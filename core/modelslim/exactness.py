@@ -32,6 +32,7 @@ _FIELDS: Mapping[str, str] = {
 }
 _ZERO_WHEN_ABSENT = frozenset({"offset", "input_offset"})
 _AGAIN = "quantize the float model for this format"
+_ROUND = f"{_AGAIN}; or round them, with --round_scales"
 _LAST_BITS = 1e-6
 """Relative difference of float32 sums and products that were computed in another order."""
 
@@ -104,21 +105,16 @@ def lost(saver: Saver, linear: LinearInfo, module: QuantizedLinear, dtype: str, 
         dtype: that of the model.
         folder: a directory of its own for a checkpoint of this linear alone, without weights.
     """
-    dtypes = saver.scale_dtypes(module.spec, dtype)
     rounded = set()
-    operands = (("scale", module.spec.weight, dtypes[0]), ("input_scale", module.spec.activation, dtypes[1]))
-    for field, operand, held in operands:
-        scale: Tensor | None = getattr(module, field)
-        if scale is None or operand.dtype in MICROSCALING:  # these have a type of scale of their own
-            continue
-        kept = scale.to(getattr(torch, held)).to(torch.float32)
+    for field, held, kept in _held_scales(saver, module, dtype):
+        scale: Tensor = getattr(module, field)
         if count := _different(scale, kept):
             rounded.add(field)
             yield Loss(
                 linear.stored,
                 f"its {_FIELDS[field]} are no {held} numbers, and the format's engine holds them as such",
                 f"{count} of {scale.numel()}, rounded by up to {_relative(scale, kept):.2g}",
-                _AGAIN,
+                _ROUND,
             )
     again = _round_trip(saver, linear, module, dtype, folder)
     if _meaning(again.spec) != _meaning(module.spec):
@@ -135,6 +131,34 @@ def lost(saver: Saver, linear: LinearInfo, module: QuantizedLinear, dtype: str, 
             yield Loss(linear.stored, f"the format does not keep the {words}")
         elif count := _different(before, after):
             yield Loss(linear.stored, f"the format does not keep the {words}", f"{count} of {before.numel()} differ")
+
+
+def round_scales(saver: Saver, module: QuantizedLinear, dtype: str) -> float:
+    """Round the scales of a linear to what a format's engine holds; codes stay.
+
+    Args:
+        saver: of the format.
+        module: the linear, which is changed.
+        dtype: that of the model.
+
+    Returns:
+        The largest relative change of a scale.
+    """
+    change = 0.0
+    for field, _, kept in _held_scales(saver, module, dtype):
+        change = max(change, _relative(getattr(module, field), kept))
+        setattr(module, field, kept)
+    return change
+
+
+def _held_scales(saver: Saver, module: QuantizedLinear, dtype: str) -> Iterator[tuple[str, str, Tensor]]:
+    """Field, dtype and values of each scale as the engine holds it."""
+    dtypes = saver.scale_dtypes(module.spec, dtype)
+    operands = (("scale", module.spec.weight, dtypes[0]), ("input_scale", module.spec.activation, dtypes[1]))
+    for field, operand, held in operands:
+        scale: Tensor | None = getattr(module, field)
+        if scale is not None and operand.dtype not in MICROSCALING:  # these have a type of scale of their own
+            yield field, held, scale.to(getattr(torch, held)).to(torch.float32)
 
 
 def lost_of_cache(saver: Saver, cache: CacheInfo, module: QuantizedCache, dtype: str, folder: Path) -> Iterator[Loss]:

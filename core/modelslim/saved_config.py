@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from modelslim.checkpoint import Checkpoint
+from modelslim.checkpoint import Checkpoint, StoredTensor
+from modelslim.saver import SavedLinear
 from modelslim.writer import write_json
 
 _KEY = "quantization_config"
@@ -42,3 +44,15 @@ def opened_as_float(checkpoint: Checkpoint) -> Iterator[Path]:
                 (directory / entry.name).symlink_to(entry.resolve())
         write_json(directory / "config.json", config)
         yield directory
+
+
+def named_as_float(tensors: Mapping[str, StoredTensor], saved: Mapping[str, SavedLinear]) -> dict[str, StoredTensor]:
+    """The tensors of a result by the names that its float weights would have, by which adapters know them."""
+    held = {name for linear in saved.values() for name in linear.tensors}
+    floats = {name: stored for name, stored in tensors.items() if name not in held}
+    for name, linear in saved.items():
+        codes = max((tensors[one] for one in linear.tensors), key=lambda one: one.nbytes)
+        floats[f"{name}.weight"] = replace(codes, name=f"{name}.weight", dtype="BF16")
+        if f"{name}.bias" in held:
+            floats[f"{name}.bias"] = tensors[f"{name}.bias"]
+    return floats

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelslim.adapters import choose_adapter, open_session
-from modelslim.checkpoint import Checkpoint, StoredTensor, read_json
+from modelslim.checkpoint import Checkpoint, read_json
 from modelslim.engine_rules import Target, check_model, choose_target
 from modelslim.engines import find_contract
 from modelslim.errors import ModelError
@@ -21,8 +21,7 @@ from modelslim.model_info import describe
 from modelslim.registry import Registry
 from modelslim.report import REPORT
 from modelslim.saved import find_saver
-from modelslim.saved_config import opened_as_float
-from modelslim.saver import SavedLinear
+from modelslim.saved_config import named_as_float, opened_as_float
 from modelslim.types import Problem
 from modelslim.verify_files import check_engine_files, read_files
 from modelslim.verify_numbers import LinearError, Numbers
@@ -124,7 +123,7 @@ def verify(
                 source = stack.enter_context(Checkpoint(float_path))
                 expected = _open(source, float_path, registry, trust_remote_code, is_source=True)
             else:
-                own = stack.enter_context(Checkpoint(path, _as_float(files.tensors, saved)))
+                own = stack.enter_context(Checkpoint(path, named_as_float(files.tensors, saved)))
                 directory = stack.enter_context(opened_as_float(own))
                 expected = _open(own, directory, registry, trust_remote_code, is_source=False)
                 expected = replace(expected, left_out=told.left_out)
@@ -191,18 +190,6 @@ def _promised(plan: Plan, result: Result, units: Sequence[Mapping[str, Any]]) ->
 
 def _asked(target: Target, problems: Iterator[Problem]) -> list[Problem]:
     return [replace(problem, fatal=target.asked) for problem in problems]
-
-
-def _as_float(tensors: Mapping[str, StoredTensor], saved: Mapping[str, SavedLinear]) -> dict[str, StoredTensor]:
-    """The tensors of a result by the names that its float weights would have, by which adapters know them."""
-    held = {name for linear in saved.values() for name in linear.tensors}
-    floats = {name: stored for name, stored in tensors.items() if name not in held}
-    for name, linear in saved.items():
-        codes = max((tensors[one] for one in linear.tensors), key=lambda one: one.nbytes)
-        floats[f"{name}.weight"] = replace(codes, name=f"{name}.weight", dtype="BF16")
-        if f"{name}.bias" in held:
-            floats[f"{name}.bias"] = tensors[f"{name}.bias"]
-    return floats
 
 
 def _open(

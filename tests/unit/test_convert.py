@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ INT8 = "{scope: per_channel, dtype: int8, symmetric: true, method: minmax}"
 INT4 = "{scope: per_channel, dtype: int4, symmetric: true, method: minmax}"
 GROUPED = "{scope: per_group, dtype: int4, symmetric: true, group_size: 32, method: minmax}"
 ZEROS = "{scope: per_group, dtype: int4, symmetric: false, group_size: 32, method: minmax}"
+DOWN = "model.layers.1.mlp.down_proj"
+INDEX = "quant_model_weights.safetensors"
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
@@ -149,13 +152,21 @@ def test_refuses_scales_that_would_be_rounded(made: Make, tmp_path: Path) -> Non
     assert "of 64, rounded by up to 0.00" in text
 
 
+def test_rounds_scales_when_asked(made: Make, tmp_path: Path) -> None:
+    source = made("static", ASCEND)
+    report = convert(source, tmp_path / "out", COMPRESSED, round_scales=True)
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    exact = before[f"{QUERY}.deq_scale"] / before[f"{QUERY}.input_scale"]
+    assert torch.equal(after[f"{QUERY}.weight_scale"].view(-1), exact.bfloat16())
+    assert torch.equal(after[f"{QUERY}.weight"], before[f"{QUERY}.weight"])
+    assert any(re.search(r"rounded .* by up to 0\.[1-3]\d%", warning) for warning in report["warnings"])
+
+
 def test_refuses_a_bias_that_only_quant_bias_holds(made: Make, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(made("static", ASCEND), source)
-    (file,) = source.glob("*.safetensors")
-    tensors = load_file(file)
-    tensors[f"{QUERY}.quant_bias"][3] += 1
-    save_file(tensors, file, metadata={"format": "pt"})
+    def fold(tensors: dict[str, Tensor], types: dict[str, Any]) -> None:
+        tensors[f"{QUERY}.quant_bias"][3] += 1
+
+    source = change(made("static", ASCEND), tmp_path / "source", fold)
     save_path = tmp_path / "place" / "out"
     save_path.parent.mkdir()
     text = refusal(source, "float", save_path)
@@ -183,6 +194,55 @@ def test_packed_int4_to_float(made: Make, biased: Path, tmp_path: Path) -> None:
     assert torch.equal(result[f"{QUERY}.bias"], origin[f"{QUERY}.bias"])
     config, before = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", biased))
     assert config == before
+
+
+def change(source: Path, path: Path, edit: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> Path:
+    """A copy of an ascendv1 checkpoint in which tensors and description are not what they were."""
+    shutil.copytree(source, path)
+    (file,) = path.glob("*.safetensors")
+    index, description = path / f"{INDEX}.index.json", path / "quant_model_description.json"
+    tensors, types = tensors_of(path), json.loads(description.read_text())
+    edit(tensors, types)
+    file.unlink()
+    index.unlink()
+    save_file(tensors, file, metadata={"format": "pt"})
+    description.write_text(json.dumps(types))
+    return path
+
+
+def test_caches_and_multipliers(made: Make, biased: Path, tmp_path: Path) -> None:
+    """What only some formats have a place for is kept there, refused elsewhere, and leaves a float model."""
+    generator = torch.Generator().manual_seed(0)
+    multiplier = torch.rand(64, generator=generator) + 0.5
+
+    def add(tensors: dict[str, Tensor], types: dict[str, Any]) -> None:
+        for layer in range(2):
+            for name in ("k_proj", "v_proj"):
+                cache = f"model.layers.{layer}.self_attn.{name}.kv_cache"
+                tensors[f"{cache}_scale"] = (torch.rand(32, generator=generator) / 64).bfloat16().float()
+                tensors[f"{cache}_offset"] = torch.randint(-9, 9, (32,), generator=generator).float()
+                types |= {f"{cache}_scale": "C8", f"{cache}_offset": "C8"}
+        types |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
+        for name in [name for name in tensors if name.startswith(f"{DOWN}.")]:
+            inner = name.replace(DOWN, f"{DOWN}.linear")
+            tensors[inner], types[inner] = tensors.pop(name), types.pop(name)
+        tensors[f"{DOWN}.div.mul_scale"], types[f"{DOWN}.div.mul_scale"] = multiplier.repeat(2), "FLOAT"
+
+    source = change(made("dynamic", ASCEND), tmp_path / "source", add)
+    convert(source, tmp_path / "same", ASCEND)
+    assert_same(source, tmp_path / "same")
+    with pytest.raises(CapabilityError) as caught:
+        convert(source, tmp_path / "out", GPTQ)
+    assert f"{DOWN}: its input is multiplied, and the format has no place for that" in str(caught.value)
+    assert "k_proj and 3 more: it fills a quantized key/value cache, which the format has no place" in str(caught.value)
+    report = convert(source, tmp_path / "float", "float")
+    assert report["warnings"] == ["the scales of 4 key/value caches are left out: the cache becomes float"]
+    stored, result = tensors_of(source), tensors_of(tmp_path / "float")
+    assert sorted(result) == sorted(tensors_of(biased))
+    exact = stored[f"{DOWN}.linear.weight"].double() * stored[f"{DOWN}.linear.weight_scale"].double()
+    torch.testing.assert_close(
+        result[f"{DOWN}.weight"].double(), exact * multiplier.repeat(2).double(), rtol=2**-8, atol=0
+    )
 
 
 @pytest.fixture(scope="session")

@@ -41,8 +41,8 @@ def test_all_linears_to_float(protocol: Protocol) -> None:
     found = read_conversion(protocol(text))
     assert found is not None and (found.to, found.protocol) == ("float", None)
     assert [warning.partition("yaml")[2] for warning in found.warnings] == [
-        ":5:13: spec.parallel: has no effect: linears are converted one after another",
-        ":3:49: spec.linears[0].route: has no effect: there is one way to each target",
+        ":4:13: spec.parallel: has no effect: linears are converted one after another",
+        ":3:50: spec.linears[0].route: has no effect: there is one way to each target",
     ]
 
 

@@ -38,6 +38,11 @@ from modelslim.cli.output import Output, pass_output
     default=None,
     help="GiB after which a new weight file begins; 0 puts all into one.  [default: the saver's]",
 )
+@option(
+    "--round_scales",
+    is_flag=True,
+    help="Round scales that the engine of the result holds in fewer bits, in bfloat16 by up to 0.4 %; else refuse.",
+)
 @engine_option
 @tp_option
 @trust_remote_code_option
@@ -51,6 +56,7 @@ def command(
     save_path: Path,
     to: str,
     part_file_size: float | None,
+    round_scales: bool,
     engine: str | None,
     tp: int,
     trust_remote_code: bool,
@@ -72,6 +78,7 @@ def command(
         tp=tp,
         trust_remote_code=trust_remote_code,
         check=check,
+        round_scales=round_scales,
     )
 
 
@@ -86,6 +93,7 @@ def convert_and_show(
     tp: int,
     trust_remote_code: bool,
     check: bool,
+    round_scales: bool = False,
 ) -> None:
     """Convert, and tell people and programs about it; arguments as of ``modelslim.convert.convert``."""
     from modelslim.devices import prepare_threads
@@ -106,6 +114,7 @@ def convert_and_show(
             tp=tp,
             trust_remote_code=trust_remote_code,
             check=check,
+            round_scales=round_scales,
             observers=observers,
         )
     for warning in report["warnings"]:

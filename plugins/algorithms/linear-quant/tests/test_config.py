@@ -52,6 +52,11 @@ METHODS_OF = {
     "block_size": ("gptq",),
     "act_order": ("gptq",),
     "range": ("gptq",),
+    "ceil_x_value": ("ceil_x",),
+    "enable_search": ("ceil_x",),
+    "search_min": ("ceil_x",),
+    "search_max": ("ceil_x",),
+    "search_step": ("ceil_x",),
 }
 """The fields of ``ext`` that belong to some methods only."""
 
@@ -147,9 +152,12 @@ def test_activation_method(act: Mapping[str, Any] | None, expected: str) -> None
 
 @pytest.mark.parametrize("field", METHODS_OF)
 def test_field_of_another_method_is_refused_with_the_method_that_has_it(field: str) -> None:
-    values = {"error": "weight", "act_order": True, "range": "mse"}
-    for method in (None, "minmax", "ssz", "mse", "gptq"):
+    bounds = {"ceil_x_value": 7, "search_min": 7, "search_max": 7, "enable_search": True}
+    values = {"error": "weight", "act_order": True, "range": "mse", **bounds}
+    for method in (None, "minmax", "ssz", "mse", "gptq", "ceil_x"):
         weight: dict[str, Any] = {"ext": {field: values.get(field, 1)}}
+        if method == "ceil_x":
+            weight["dtype"] = "mxfp4"
         if method is not None:
             weight["method"] = method
         places = [] if method in METHODS_OF[field] else [f"qconfig.weight.ext.{field}"]
@@ -197,7 +205,8 @@ def test_all_linears_are_included_and_none_excluded_by_default() -> None:
             ["qconfig.weight.ext.group_size"],
         ),
         (entry({"scope": "per_group", "ext": {"size": 64}}), ["qconfig.weight.ext"]),
-        (entry(act={"dtype": "int4"}), ["qconfig.act.dtype"]),
+        (entry(act={"dtype": "int4"}), ["qconfig.act"]),
+        (entry(act={"dtype": "uint4"}), ["qconfig.act.dtype"]),
         (entry(act={"scope": "per_channel"}), ["qconfig.act.scope"]),
         (entry(act={"group_size": 64}), ["qconfig.act"]),
         (entry(act={"method": "none"}), ["qconfig.act.method"]),
@@ -273,7 +282,8 @@ def test_parser_has_the_defaults_that_the_schema_states() -> None:
         _, part, *rest = path.split(".")
         keys = {"scope": "per_group"} if rest[-1] == "group_size" else {}
         if rest[-1] in METHODS_OF:
-            keys = {"method": METHODS_OF[rest[-1]][0]}
+            method = METHODS_OF[rest[-1]][0]
+            keys = {"method": method, **({"dtype": "mxfp4"} if method == "ceil_x" else {})}
         written = {**keys, **({"ext": {rest[1]: default}} if rest[0] == "ext" else {rest[0]: default})}
         act: dict[str, Any] | None = {} if part == "act" else None
         assert parse(**{"act": act, part: keys}) == parse(**{"act": act, part: written}), path
