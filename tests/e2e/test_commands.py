@@ -99,6 +99,49 @@ def test_quant_gives_programs_the_report_that_it_saves(quant: Program, w8a8_dyna
     assert report["dataset"] is None
 
 
+def test_convert_there_and_to_float(quant: Program, here: Program, w8a8_dynamic: str, tmp_path: Path) -> None:
+    quant(w8a8_dynamic)
+    there = here("convert", tmp_path / "out", "--save_path", tmp_path / "there", "--to", "compressed_tensors_saver")
+    assert there.returncode == 0, there.stderr
+    (line,) = [line for line in there.stderr.splitlines() if line.startswith("[")]
+    assert re.fullmatch(r"\[2/2\] converting quant_model\S+: 21 linears, \d+\.\d\d s, about 0 s left", line)
+    rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in there.stdout.splitlines()[1:])
+    assert (rows["from"], rows["to"]) == ("ascendv1_saver: 21 linears W8A8_DYNAMIC", "compressed_tensors_saver")
+    words = ("--save-path", tmp_path / "float", "--to", "float", "--part-file-size", "0", "--json")
+    report = document(here("convert", tmp_path / "there", *words))
+    assert report == json.loads((tmp_path / "float" / "report.json").read_text())
+    assert report["schemes"] == {"W8A8_DYNAMIC": 21}
+    assert (tmp_path / "float" / "model.safetensors").stat().st_size > report["bytes_after"]
+
+
+def test_convert_says_what_would_be_lost(quant: Program, here: Program, w8a8_static: str, tmp_path: Path) -> None:
+    quant(w8a8_static)
+    before = sorted(tmp_path.iterdir())
+    done = here("convert", tmp_path / "out", "--save_path", tmp_path / "there", "--to", "compressed_tensors_saver")
+    assert (done.returncode, done.stdout, sorted(tmp_path.iterdir())) == (2, "", before)
+    assert "and 20 more: its weight scales are no bfloat16 numbers" in done.stderr
+    assert "or round them, with --round_scales" in done.stderr
+
+
+def test_quant_takes_a_conversion_of_the_existing_tool(quant: Program, here: Program, tmp_path: Path) -> None:
+    text = """\
+apiversion: modelslim_convert
+spec:
+  linears:
+    - {match: ["*"], target: W8A8_MXFP8}
+    - {match: ["*down_proj"], target: FLOAT}
+  save: [{type: ascend_v1, part_file_size: 4}]
+"""
+    report = document(quant(text, "--json"))
+    assert report["schemes"] == {"W8A8_MXFP8": 18}
+    yaml_file = tmp_path / "float.yaml"
+    yaml_file.write_text("apiversion: modelslim_convert\nspec: {save: [{type: huggingface}], parallel: {workers: 2}}\n")
+    paths = ("--model_path", tmp_path / "out", "--save_path", tmp_path / "float")
+    done = here("quant", *paths, "--config_path", yaml_file, "--json")
+    assert document(done)["to"] == "float"
+    assert "spec.parallel: has no effect" in done.stderr
+
+
 def test_quiet_says_nothing_when_all_is_well(quant: Program, w8a8_dynamic: str) -> None:
     done = quant(w8a8_dynamic, "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints for the engines, and one process of the engine that reads all that a test module made.
 
-It runs in an environment of its own, whose Python the variable VLLM_PYTHON names: the engine pins other versions than
+It runs in an environment of its own, whose Python the variable ENGINE_PYTHON names: the engine pins other versions than
 the project is tested with.
 """
 
@@ -160,9 +160,11 @@ def read_with_vllm(tmp_path_factory: pytest.TempPathFactory) -> Read:
 
 def _interpreter() -> str:
     """That of the environment which holds vLLM; it pins versions of its own."""
-    if "VLLM_PYTHON" not in os.environ:
-        pytest.fail("VLLM_PYTHON must name the Python of an environment with vLLM; the tox environment engines sets it")
-    return os.environ["VLLM_PYTHON"]
+    if "ENGINE_PYTHON" not in os.environ:
+        pytest.fail(
+            "ENGINE_PYTHON must name the Python of an environment with vLLM; the tox environment engines sets it"
+        )
+    return os.environ["ENGINE_PYTHON"]
 
 
 def _run(command: Sequence[str]) -> str:

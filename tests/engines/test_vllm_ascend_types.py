@@ -105,6 +105,7 @@ def test_the_parameters_of_linears_hold_what_we_wrote(type_: str, linears: Mappi
     assert held
     for name, parameter in held.items():
         linear, _, part = name.rpartition(".")
+        assert result["kernels"][linear].startswith("Ascend")
         parent, _, last = linear.rpartition(".")
         stored = [f"{parent}.{one}.{part}" for one in FUSED.get(last, (last,))]
         if part not in NOT_WRITTEN.get(type_, ()):
@@ -118,9 +119,11 @@ def test_the_parameters_of_experts_hold_what_we_wrote(type_: str, experts: Mappi
     ours, held = read_all(Path(result["model"])), load_file(result["tensors"])
     assert held
     for name, parameter in held.items():
-        stack, _, part = name.rpartition(".")[2].partition("_")
+        layer, _, last = name.rpartition(".")
+        assert result["kernels"][layer].startswith("Ascend")
+        stack, _, part = last.partition("_")
         for expert, one in enumerate(parameter):
-            parts = [f"{LAYER}.mlp.experts.{expert}.{last}.{part}" for last in STACKS[stack]]
+            parts = [f"{LAYER}.mlp.experts.{expert}.{linear}.{part}" for linear in STACKS[stack]]
             same(one, ours[parts[-1]] if part == "weight_shape" else torch.cat([ours[stored] for stored in parts]))
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from modelslim.checkpoint import Checkpoint
 from modelslim.convert import convert
 from modelslim.errors import CapabilityError, ModelError, UsageError
 from modelslim.run import quantize
@@ -49,6 +51,8 @@ SCHEMES: Mapping[str, tuple[str, ...]] = {
     "w4a16": (entry(GROUPED),),
     "w4a16_zeros": (entry(ZEROS),),
     "w4a8": (entry(INT4, DYNAMIC),),
+    "fp8": (entry("{scope: per_channel, dtype: fp8_e4m3}", "{scope: per_token, dtype: fp8_e4m3}"),),
+    "mxfp8": (entry("{scope: per_block, dtype: mxfp8}", "{scope: per_block, dtype: mxfp8}"),),
     "mixed": (entry(INT8, DYNAMIC, "*self_attn*"), entry(INT8, "", "*gate_proj"), entry(INT8, "", "*up_proj")),
 }
 
@@ -109,6 +113,8 @@ def assert_same(one: Path, other: Path) -> None:
         ("mixed", ASCEND, COMPRESSED, True),
         ("static", COMPRESSED, ASCEND, False),
         ("w4a8", COMPRESSED, ASCEND, False),
+        ("fp8", COMPRESSED, ASCEND, False),
+        ("mxfp8", ASCEND, COMPRESSED, True),
         ("w4a16", COMPRESSED, GPTQ, True),
         ("w4a16_zeros", COMPRESSED, AWQ, True),
     ],
@@ -134,6 +140,23 @@ def test_experts_one_by_one(tiny_moe: Path, made: Make, tmp_path: Path) -> None:
     convert(tmp_path / "there", tmp_path / "back", ASCEND)
     assert_same(source, tmp_path / "back")
     assert len(list((tmp_path / "there").glob("*.safetensors"))) == 3
+
+
+def test_holds_a_few_tensors_at_a_time(made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = made("dynamic", ASCEND)
+    read, alive, most = Checkpoint.read, list[weakref.ref[Tensor]](), 0
+
+    def counted(checkpoint: Checkpoint, name: str) -> Tensor:
+        nonlocal most
+        alive.append(weakref.ref(tensor := read(checkpoint, name)))
+        most = max(most, sum(one.nbytes for one in (ref() for ref in alive) if one is not None))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    convert(source, tmp_path / "out", COMPRESSED, check=False)
+    largest = max(tensor.nbytes for name, tensor in tensors_of(source).items() if "_proj" in name)
+    assert len(alive) > 80  # each is read twice
+    assert most < 2.5 * largest  # one linear, and that before it
 
 
 def refusal(source: Path, to: str, save_path: Path, **options: Any) -> str:

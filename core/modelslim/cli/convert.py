@@ -62,7 +62,7 @@ def command(
     trust_remote_code: bool,
     check: bool,
 ) -> None:
-    """Convert a quantized model into another format, exactly or not at all.
+    """Convert a quantized model into another format, without loss.
 
     PATH is the folder of a quantized model: of the format of an installed saver, or one that the
     model's adapter decodes, such as float8 in blocks. Codes and scales stay what they are; what the

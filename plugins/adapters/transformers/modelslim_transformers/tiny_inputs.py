@@ -31,7 +31,8 @@ def make_inputs(model: Any) -> list[dict[str, Any]]:
     """
     config = model.config
     taken = set(special_tokens(config.to_dict()))
-    words = torch.tensor([token for token in range(FREE_TOKENS) if token not in taken])
+    count = min(FREE_TOKENS, len(model.get_input_embeddings().weight))
+    words = torch.tensor([token for token in range(count) if token not in taken])
     first, second = (words[torch.randint(len(words), (1, length))] for length in LENGTHS)
     if getattr(config, "vision_config", None) is None:
         return [_text(model, first), _text(model, second)]

@@ -26,7 +26,8 @@ LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_r
 
 
 @pytest.mark.parametrize(
-    ("model_type", "more"), [("llama", {}), ("qwen3", {"head_dim": 8}), ("gemma2", {"head_dim": 8})]
+    ("model_type", "more"),
+    [("llama", {}), ("qwen3", {"head_dim": 8}), ("gemma2", {"head_dim": 8}), ("llama", {"vocab_size": 40})],
 )
 def test_every_layer_has_a_cache_of_the_shape_that_transformers_keeps(
     model_type: str, more: dict[str, Any], stored: Callable[..., Path], common: Mapping[str, Any]

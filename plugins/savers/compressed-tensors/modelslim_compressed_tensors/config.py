@@ -9,6 +9,7 @@ from typing import Any
 
 from modelslim.api import FLOAT, ModelError, PlannedModel, QuantSpec, TensorRecord, nearest
 from modelslim_compressed_tensors.arguments import arguments, parse
+from modelslim_compressed_tensors.caches import SCHEME
 from modelslim_compressed_tensors.formats import FORMATS, MIXED, VERSION, Format, format_of
 from modelslim_compressed_tensors.targets import cover, matches
 
@@ -45,7 +46,7 @@ def quantization_config(records: Sequence[TensorRecord], model: PlannedModel) ->
         "format": MIXED if len(formats) > 1 else formats.pop(),
         "config_groups": described,
         "ignore": _ignored(model, specs.keys()),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": dict(SCHEME) if model.caches else None,
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},
@@ -139,9 +140,8 @@ def read_groups(config: Mapping[str, Any], place: str) -> Groups:
     Raises:
         ModelError: it has what is not known here, and what would make the model compute something else.
     """
-    for key, what in (("transform_config", "online transforms"), ("kv_cache_scheme", "a quantized KV cache")):
-        if config.get(key):
-            raise ModelError(f"{place}: {key} asks for {what}, which are not known here")
+    if config.get("transform_config"):
+        raise ModelError(f"{place}: transform_config asks for online transforms, which are not known here")
     found = config.get("config_groups")
     if not isinstance(found, dict) or not all(isinstance(group, dict) for group in found.values()):
         raise ModelError(f"{place}: config_groups are missing, or are no objects")

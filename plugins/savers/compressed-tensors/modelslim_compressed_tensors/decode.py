@@ -35,7 +35,7 @@ _HINT = "the checkpoint is damaged, or its config.json belongs to another one; q
 
 def recognizes(path: Path) -> bool:
     """True when config.json says that the checkpoint is of this format."""
-    return _read_config(path).get("quant_method") == METHOD
+    return read_config(path).get("quant_method") == METHOD
 
 
 def read_layout(path: Path, shapes: Shapes) -> dict[str, SavedLinear]:
@@ -49,7 +49,7 @@ def read_layout(path: Path, shapes: Shapes) -> dict[str, SavedLinear]:
         ModelError: config.json and tensors contradict each other; names the tensor.
     """
     place = f"{path / CONFIG}: {KEY}"
-    groups = read_groups(_read_config(path), place)
+    groups = read_groups(read_config(path), place)
     parts: dict[str, set[str]] = {}
     for key in shapes:
         name, _, part = key.rpartition(".")
@@ -75,7 +75,7 @@ def _must_be_quantized(name: str, groups: Groups, kinds: set[str]) -> bool:
     return groups.names(name) or name.rpartition(".")[2] in kinds
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
+def read_config(path: Path) -> Mapping[str, Any]:
     """``quantization_config``; empty when there is none."""
     file = path / CONFIG
     try:

@@ -15,6 +15,7 @@ from modelslim.api import (
     listed,
     planned_linears,
 )
+from modelslim_compressed_tensors.caches import check_caches
 from modelslim_compressed_tensors.schemes import refusals
 from modelslim_compressed_tensors.warn import find_warnings
 
@@ -28,6 +29,7 @@ def find_problems(model: PlannedModel) -> list[Problem]:
         *_blocks(storable),
         *check_tied_head(linears, model),
         *_added_biases(linears, model),
+        *check_caches(model),
         *find_warnings(linears, storable, model),
     ]
 

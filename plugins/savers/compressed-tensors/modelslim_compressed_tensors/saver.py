@@ -8,20 +8,27 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from modelslim.api import (
+    CacheInfo,
     LinearInfo,
     PlannedModel,
     Problem,
+    QuantizedCache,
     QuantizedLinear,
     QuantSpec,
+    SavedCache,
     SavedLinear,
     SaveError,
     Saver,
     TensorRecord,
+    TensorSpec,
     without_quantization,
 )
+from modelslim_compressed_tensors.caches import encode_cache, read_caches, scale_name
 from modelslim_compressed_tensors.config import quantization_config
-from modelslim_compressed_tensors.decode import KEY, read_layout, recognizes
+from modelslim_compressed_tensors.decode import KEY, read_config, read_layout, recognizes
 from modelslim_compressed_tensors.encode import encode
 from modelslim_compressed_tensors.engine import check_config
 from modelslim_compressed_tensors.formats import layout, sizes
@@ -42,6 +49,7 @@ class CompressedTensorsSaver(Saver):
     """
 
     engine = "vllm"
+    stores_caches = True
 
     def __init__(self, part_file_size: float = 4) -> None:
         self._max_shard_bytes = ceil(part_file_size * _GIB)
@@ -79,6 +87,18 @@ class CompressedTensorsSaver(Saver):
         tensors = layout(spec, linear.out_features, linear.in_features, model_dtype, has_bias=linear.has_bias)
         return {f"{linear.stored}.{part}": nbytes for part, nbytes in sizes(tensors).items()}
 
+    def cache_scale_dtype(self, model_dtype: str) -> str:
+        """That in which scales are stored."""
+        return model_dtype
+
+    def encode_cache(self, cache: CacheInfo, module: QuantizedCache, model_dtype: str) -> Iterator[tuple[str, Tensor]]:
+        """See ``Saver.encode_cache``."""
+        return encode_cache(cache, module, model_dtype)
+
+    def cache_sizes(self, cache: CacheInfo, spec: TensorSpec, model_dtype: str) -> Mapping[str, int]:
+        """See ``Saver.cache_sizes``."""
+        return {scale_name(cache.stored): getattr(torch, model_dtype).itemsize}
+
     def finish(self, records: Sequence[TensorRecord], model: PlannedModel) -> Mapping[str, Any]:
         """Nothing: the format has no file of its own."""
         return {}
@@ -104,6 +124,15 @@ class CompressedTensorsSaver(Saver):
             ModelError: config.json and the tensors contradict each other; names the tensor.
         """
         return read_layout(path, shapes)
+
+    @classmethod
+    def read_caches(cls, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, SavedCache]:
+        """See ``Saver.read_caches``.
+
+        Raises:
+            ModelError: config.json and the tensors contradict each other; names the tensor.
+        """
+        return read_caches(read_config(path), shapes)
 
     @classmethod
     def check_files(cls, path: Path) -> Sequence[Problem]:

@@ -230,7 +230,6 @@ def groups(**changes: Any) -> dict[str, Any]:
         (groups(num_bits=8, type="float", strategy="channel"), "'pack-quantized' does not hold W8A16FP8"),
         ({**groups(), "format": "pack-quantised"}, "format 'pack-quantised' is not known"),
         ({**groups(), "transform_config": {"config_groups": {"R1": {}}}}, "online transforms"),
-        ({**groups(), "kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
     ],
 )
 def test_what_would_be_computed_otherwise_is_refused(config: Mapping[str, Any], text: str) -> None:
