@@ -13,14 +13,14 @@ from torch import Tensor
 from modelslim.convert_source import Piece, Source, open_source
 from modelslim.engine_rules import check_model, choose_target
 from modelslim.errors import CapabilityError, Diagnostic, SaveError, UsageError, nearest
-from modelslim.exactness import Loss, as_plain_cache, lost, lost_of_cache, round_scales, told_once, unexplained
+from modelslim.exactness import Loss, as_plain_cache, lost, lost_of_caches, round_scales, told_once, unexplained
 from modelslim.float_saver import FloatSaver
 from modelslim.kv_cache import QuantizedCache
 from modelslim.model_info import other_matrices
 from modelslim.quantized import QuantizedLinear
 from modelslim.registry import Registry
 from modelslim.saved_config import without_quantization
-from modelslim.saver import PlannedModel, Saver
+from modelslim.saver import PlannedModel, Saver, TensorRecord
 from modelslim.types import LinearInfo, QuantSpec, TensorSpec
 
 FLOAT = "float"
@@ -92,6 +92,8 @@ def plan_conversion(
     planned = found.planned()
     problems = check_model(saver, to, target, planned)
     fatal = [Diagnostic(problem.message, hint=problem.hint) for problem in problems if problem.fatal]
+    if not fatal:
+        found.encode_caches(planned)
     # Of a scheme that the saver refuses it has told above.
     mistakes = [*fatal, *told_once(found.losses), *(() if fatal else told_once(found.refused))]
     if mistakes:
@@ -103,8 +105,8 @@ def plan_conversion(
         warnings.append(f"the scales of {len(source.caches)} key/value caches are left out: the cache becomes float")
     if found.change:
         warnings.append(f"scales were rounded to what the format's engine holds, by up to {found.change:.2%}")
-    rounds = found.round_scales
-    return Conversion(source, to, saver, planned, found.sizes, found.specs, warnings, registry, rounds)
+    sizes = {record.name: record.nbytes for record in found.records}
+    return Conversion(source, to, saver, planned, sizes, found.specs, warnings, registry, found.round_scales)
 
 
 def make_saver(to: str, part_file_size: float | None, registry: Registry) -> Saver:
@@ -141,7 +143,8 @@ class _Examination:
         linears: the linears as they turned out to be, by name in the model.
         specs: their schemes by stored name.
         cache_specs: what caches become, by name of the place.
-        sizes: bytes of all tensors of the result.
+        caches: the caches, by the same names.
+        records: all tensors of the result.
         losses: what the result would not keep.
         refused: linears that the saver does not encode.
         change: the largest relative change of a scale that was rounded.
@@ -154,7 +157,8 @@ class _Examination:
     linears: dict[str, LinearInfo] = field(default_factory=dict)
     specs: dict[str, QuantSpec] = field(default_factory=dict)
     cache_specs: dict[str, TensorSpec] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
+    caches: dict[str, QuantizedCache] = field(default_factory=dict)
+    records: list[TensorRecord] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     refused: list[Loss] = field(default_factory=list)
     change: float = 0.0
@@ -169,12 +173,14 @@ class _Examination:
                 source.session.unit_started(f"{file.name} (check)", number, 2 * len(pieces))
                 for piece in held:
                     if piece.saved is None:
-                        self.sizes[piece.name] = source.checkpoint.tensors[piece.name].nbytes
+                        self.records.append(
+                            TensorRecord(piece.name, None, source.checkpoint.tensors[piece.name].nbytes)
+                        )
                         continue
                     tensors = {one: source.checkpoint.read(one) for one in piece.saved.tensors}
                     module = decode(piece, tensors)
                     if isinstance(module, QuantizedCache):
-                        self._cache(piece.name, module, Path(name))
+                        self._cache(piece.name, module)
                     else:
                         self._linear(piece.name, module, tensors, Path(name))
 
@@ -216,20 +222,25 @@ class _Examination:
             self.losses.append(Loss(stored, "its input is multiplied, and the format has no place for that"))
             return
         try:
-            sizes = {name: tensor.nbytes for name, tensor in self.saver.encode(stored, module, dtype)}
-            self.sizes.update(sizes)
+            for name, tensor in self.saver.encode(stored, module, dtype):
+                self.records.append(TensorRecord(name, module.spec, tensor.nbytes))
             if not self.to_float:
                 self.losses += lost(self.saver, linear, module, dtype, folder)
         except SaveError as error:
             self.refused.append(Loss(stored, error.message.removeprefix(f"{stored}: "), hint=error.hint))
 
-    def _cache(self, stored: str, module: QuantizedCache, folder: Path) -> None:
-        if self.to_float:
-            return
-        place, dtype = self.source.places[stored], self.source.info.dtype
-        if not self.saver.stores_caches:
+    def _cache(self, stored: str, module: QuantizedCache) -> None:
+        if self.saver.stores_caches:
+            place = self.source.places[stored].name
+            self.caches[place], self.cache_specs[place] = module, module.spec
+        elif not self.to_float:
             self.losses.append(Loss(stored, "it fills a quantized key/value cache, which the format has no place for"))
-            return
-        self.cache_specs[place.name] = module.spec
-        self.sizes.update({name: one.nbytes for name, one in self.saver.encode_cache(place, module, dtype)})
-        self.losses += lost_of_cache(self.saver, place, module, dtype, folder)
+
+    def encode_caches(self, model: PlannedModel) -> None:
+        """Go on with the caches, of a model that the saver accepts."""
+        for place, module in self.caches.items():
+            for name, tensor in self.saver.encode_cache(model.caches[place], module, model.dtype):
+                self.records.append(TensorRecord(name, None, tensor.nbytes, module.spec))
+        if self.caches:
+            with TemporaryDirectory(prefix="modelslim-") as name:
+                self.losses += lost_of_caches(self.saver, self.caches, model, self.records, Path(name))

@@ -115,8 +115,11 @@ def open_source(
         else:
             decoded = session.get_decoded_tensors(checkpoint.stored)
             if not decoded:
+                described = config.get("quantization_config")
+                method = described.get("quant_method") if isinstance(described, dict) else None
                 raise ModelError(
-                    f"{path} is no quantized checkpoint that something installed reads",
+                    f"{path} is no quantized checkpoint that something installed reads"
+                    + (f" (config.json: quant_method {method})" if method else ""),
                     hint=f"a float model is quantized by `modelslim quant`; {unknown}",
                 )
             checkpoint.decode(decoded)

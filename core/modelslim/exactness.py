@@ -17,7 +17,7 @@ from modelslim.errors import Diagnostic
 from modelslim.kv_cache import QuantizedCache
 from modelslim.quantized import QuantizedLinear
 from modelslim.saver import PlannedModel, SavedLinear, Saver, TensorRecord
-from modelslim.types import MICROSCALING, CacheInfo, LinearInfo, QuantSpec
+from modelslim.types import MICROSCALING, LinearInfo, QuantSpec
 from modelslim.writer import write_json
 
 _FIELDS: Mapping[str, str] = {
@@ -89,7 +89,10 @@ def unexplained(
             if tensor.to(torch.float32).any():
                 yield Loss(stored, f"{part} holds what nothing else of the linear explains", hint=hint)
             continue
-        different = _different(tensor, again[name], _LAST_BITS if tensor.is_floating_point() else 0.0)
+        floats = tensor.is_floating_point() and again[name].is_floating_point()
+        # Other tools may store floats in more bits than the saver; the decoded linear has all of them.
+        held = tensor.to(again[name].dtype) if floats else tensor
+        different = _different(held, again[name], _LAST_BITS if floats else 0.0)
         if different:
             what = f"{part} is not what the linear's other tensors give"
             yield Loss(stored, what, f"{different} of {tensor.numel()} values differ", hint)
@@ -161,28 +164,44 @@ def _held_scales(saver: Saver, module: QuantizedLinear, dtype: str) -> Iterator[
             yield field, held, scale.to(getattr(torch, held)).to(torch.float32)
 
 
-def lost_of_cache(saver: Saver, cache: CacheInfo, module: QuantizedCache, dtype: str, folder: Path) -> Iterator[Loss]:
-    """What a format does not keep of a key/value cache, or its engine rounds; otherwise as of :func:`lost`."""
-    held = saver.cache_scale_dtype(dtype)
-    kept = module.scale.to(getattr(torch, held)).to(torch.float32)
-    if count := _different(module.scale, kept):
-        yield Loss(
-            cache.stored,
-            f"the scales of the cache that it fills are no {held} numbers, and the format's engine holds them as such",
-            f"{count} of {kept.numel()}, rounded by up to {_relative(module.scale, kept):.2g}",
-            _AGAIN,
-        )
-        return
-    tensors = dict(saver.encode_cache(cache, module, dtype))
-    records = [TensorRecord(name, None, tensor.nbytes, module.spec) for name, tensor in tensors.items()]
-    alone = replace(_NOTHING, dtype=dtype, caches={cache.name: cache}, cache_specs={cache.name: module.spec})
-    with _files_of(saver, alone, records, folder):
-        saved = saver.read_caches(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()})[cache.stored]
-        again = saved.decode({name: tensors[name] for name in saved.tensors})
-    for field in ("scale", "offset"):
-        before, after = (getattr(one, field).expand(cache.channels) for one in (module, again))
-        if _different(before, after):
-            yield Loss(cache.stored, f"the format does not keep the {field} of the cache that it fills")
+def lost_of_caches(
+    saver: Saver,
+    caches: Mapping[str, QuantizedCache],
+    model: PlannedModel,
+    records: Sequence[TensorRecord],
+    folder: Path,
+) -> Iterator[Loss]:
+    """What a format does not keep of key/value caches, or its engine rounds.
+
+    Args:
+        saver: of the format, whose ``check`` has nothing against the model.
+        caches: as they are in the source, by the names of their places.
+        model: the planned model.
+        records: what is written of it, the caches included.
+        folder: a directory of its own for the files beside the weights.
+    """
+    held = saver.cache_scale_dtype(model.dtype)
+    tensors: dict[str, Tensor] = {}
+    for place, module in caches.items():
+        tensors |= saver.encode_cache(model.caches[place], module, model.dtype)
+    with _files_of(saver, model, records, folder):
+        saved = saver.read_caches(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    for place, module in caches.items():
+        cache = model.caches[place]
+        kept = module.scale.to(getattr(torch, held)).to(torch.float32)
+        if count := _different(module.scale, kept):
+            yield Loss(
+                cache.stored,
+                f"the scales of the cache that it fills are no {held} numbers, and the format's engine holds them so",
+                f"{count} of {kept.numel()}, rounded by up to {_relative(module.scale, kept):.2g}",
+                _AGAIN,
+            )
+            continue
+        again = saved[cache.stored].decode({name: tensors[name] for name in saved[cache.stored].tensors})
+        for field in ("scale", "offset"):
+            before, after = (getattr(one, field).expand(cache.channels) for one in (module, again))
+            if _different(before, after):
+                yield Loss(cache.stored, f"the format does not keep the {field} of the cache that it fills")
 
 
 def as_plain_cache(module: QuantizedCache) -> QuantizedCache:
@@ -216,9 +235,9 @@ _NOTHING = PlannedModel({}, "float32", {}, {}, frozenset())
 
 
 @contextmanager
-def _files_of(saver: Saver, alone: PlannedModel, records: Sequence[TensorRecord], folder: Path) -> Iterator[None]:
-    """The files beside the weights of a checkpoint that holds one thing alone, for the time of the context."""
-    files: dict[str, Any] = {"config.json": saver.edit_config({}, records, alone), **saver.finish(records, alone)}
+def _files_of(saver: Saver, model: PlannedModel, records: Sequence[TensorRecord], folder: Path) -> Iterator[None]:
+    """The files beside the weights of a checkpoint, for the time of the context."""
+    files: dict[str, Any] = {"config.json": saver.edit_config({}, records, model), **saver.finish(records, model)}
     for name, value in files.items():
         write_json(folder / name, value)
     yield

@@ -16,6 +16,9 @@ from conftest import INT8, TOKEN, QConfig, Quantize, Read, TinyFactory
 from safetensors.torch import load_file
 from torch import Tensor
 
+from modelslim.errors import ModelSlimError
+from modelslim.plan import make_plan
+
 INT4 = {**INT8, "dtype": "int4"}
 FP8: QConfig = {
     "act": {"scope": "per_token", "dtype": "fp8_e4m3", "symmetric": True, "method": "minmax"},
@@ -58,6 +61,15 @@ EXPERTS: Mapping[str, tuple[QConfig, QConfig]] = {
 }
 """What the linears outside and inside the experts become."""
 
+REFUSED: Mapping[str, tuple[QConfig, QConfig | None]] = {
+    "W4A8_DYNAMIC": (EXPERTS["W4A8_DYNAMIC"][1], None),
+    "W4A16": ({"weight": {**INT4, "scope": "per_group", "group_size": 32}}, None),
+    "W4A16_MXFP4": ({"weight": blocks("mxfp4")}, None),
+    "W8A16 experts": (LINEARS["W8A8_DYNAMIC"], LINEARS["W8A16"]),
+    "W4A4_DYNAMIC experts": (LINEARS["W8A8_DYNAMIC"], LINEARS["W4A4_DYNAMIC"]),
+}
+"""What the format has and this engine has not, in linears outside experts or inside."""
+
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 STACKS = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
 LAYER = "model.layers.1"
@@ -95,6 +107,26 @@ def experts(tiny_qwen3_moe: Path, quantize: Quantize, read_with_vllm: Read) -> M
         for type_, (outside, inside) in EXPERTS.items()
     }
     return read_with_vllm(jobs, ascend=True)
+
+
+@pytest.fixture(scope="module")
+def refused(tiny_qwen3_moe: Path, quantize: Quantize, read_with_vllm: Read) -> Mapping[str, Any]:
+    """What the engine says to each of the others."""
+    jobs = {}
+    for name, (outside, inside) in REFUSED.items():
+        model = quantize(tiny_qwen3_moe, "ascendv1_saver", outside, experts=inside or LINEARS["W8A8_DYNAMIC"])
+        jobs[name] = {"model": model, "dtype": "bfloat16", "stored": True}
+    return read_with_vllm(jobs, ascend=True)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_plan_for_the_engine_refuses_does_not_load(
+    name: str, refused: Mapping[str, Any], tiny_qwen3_moe: Path
+) -> None:
+    assert refused[name].get("error")
+    protocol = Path(refused[name]["model"]).with_name("protocol.yaml")
+    with pytest.raises(ModelSlimError, match="vLLM-Ascend"):
+        make_plan(tiny_qwen3_moe, protocol, device="cpu", engine="vllm-ascend-0.23")
 
 
 @pytest.mark.parametrize("type_", LINEARS)

@@ -53,6 +53,7 @@ SCHEMES: Mapping[str, tuple[str, ...]] = {
     "w4a8": (entry(INT4, DYNAMIC),),
     "fp8": (entry("{scope: per_channel, dtype: fp8_e4m3}", "{scope: per_token, dtype: fp8_e4m3}"),),
     "mxfp8": (entry("{scope: per_block, dtype: mxfp8}", "{scope: per_block, dtype: mxfp8}"),),
+    "mxfp4": (entry("{scope: per_block, dtype: mxfp4}", "{scope: per_block, dtype: mxfp4}"),),
     "mixed": (entry(INT8, DYNAMIC, "*self_attn*"), entry(INT8, "", "*gate_proj"), entry(INT8, "", "*up_proj")),
 }
 
@@ -115,6 +116,8 @@ def assert_same(one: Path, other: Path) -> None:
         ("w4a8", COMPRESSED, ASCEND, False),
         ("fp8", COMPRESSED, ASCEND, False),
         ("mxfp8", ASCEND, COMPRESSED, True),
+        ("mxfp4", ASCEND, COMPRESSED, True),
+        ("w4a16_zeros", ASCEND, COMPRESSED, True),
         ("w4a16", COMPRESSED, GPTQ, True),
         ("w4a16_zeros", COMPRESSED, AWQ, True),
     ],
@@ -196,6 +199,26 @@ def test_refuses_a_bias_that_only_quant_bias_holds(made: Make, tmp_path: Path) -
     assert f"{QUERY}: quant_bias is not what the linear's other tensors give (1 of 64 values differ)" in text
 
 
+def test_scales_that_another_tool_stored_in_more_bits(made: Make, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(made("w4a16", GPTQ), source)
+    tensors = tensors_of(source)
+    name = f"{QUERY}.scales"
+    tensors[name] = tensors[name].half() * 1.001
+    for file in source.glob("model*"):
+        file.unlink()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CapabilityError) as caught:
+        convert(source, tmp_path / "out", COMPRESSED)
+    (told,) = caught.value.diagnostics
+    assert told.message.startswith(f"{QUERY}: its weight scales are no bfloat16 numbers")
+    convert(source, tmp_path / "out", "float")
+    words = tensors[f"{QUERY}.qweight"]
+    codes = torch.stack([words >> 4 * place & 15 for place in range(8)], 1).flatten(0, 1).double() - 8
+    exact = (codes * tensors[name].double().repeat_interleave(32, 0)).t()
+    assert torch.equal(tensors_of(tmp_path / "out")[f"{QUERY}.weight"], exact.float().bfloat16())
+
+
 def test_refuses_what_the_format_or_the_engine_has_not(made: Make, tmp_path: Path) -> None:
     text = refusal(made("dynamic", ASCEND), GPTQ, tmp_path / "out")
     assert f"GPTQ has no int8 activations ({QUERY} and 13 more)" in text
@@ -266,6 +289,19 @@ def test_caches_and_multipliers(made: Make, biased: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(
         result[f"{DOWN}.weight"].double(), exact * multiplier.repeat(2).double(), rtol=2**-8, atol=0
     )
+
+
+def test_float8_caches(biased: Path, calibration_file: Path, protocol: Callable[[str], Path], tmp_path: Path) -> None:
+    cache = "    - type: dynamic_cache\n      qconfig: {scope: per_tensor, dtype: fp8_e4m3, symmetric: true}\n"
+    head, tail = (
+        f"apiversion: modelslim_v1\nspec:\n  process:\n{SCHEMES['dynamic'][0]}{cache}",
+        f"  dataset: {calibration_file}\n",
+    )
+    quantize(biased, tmp_path / "source", protocol(f"{head}  save: [{{type: {COMPRESSED}}}]\n{tail}"), device="cpu")
+    convert(tmp_path / "source", tmp_path / "same", COMPRESSED)
+    assert_same(tmp_path / "source", tmp_path / "same")
+    with pytest.raises(CapabilityError, match="ascendv1 has no type for fp8_e4m3 caches"):
+        convert(tmp_path / "source", tmp_path / "out", ASCEND)
 
 
 @pytest.fixture(scope="session")

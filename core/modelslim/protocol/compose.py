@@ -26,7 +26,8 @@ KINDS = {"processor": "algorithms", "saver": "savers"}
 """What the protocol calls an entry, and the registry's kind that offers it."""
 
 _SUFFIX = ".schema.json"
-_UNSUPPORTED = frozenset({"modelslim_convert", "modelslim_v0", "multimodal_sd_modelslim_v1"})
+_CONVERSION = "modelslim_convert"
+_UNSUPPORTED = frozenset({"modelslim_v0", "multimodal_sd_modelslim_v1"})
 
 
 def apiversions() -> list[str]:
@@ -40,6 +41,8 @@ def refuse_apiversion(apiversion: str) -> tuple[str, str] | None:
     known = apiversions()
     if apiversion in known:
         return None
+    if apiversion == _CONVERSION:
+        return f"apiversion '{apiversion}' is that of a conversion, which only `quant` takes", "see docs/convert.md"
     if apiversion in _UNSUPPORTED:
         supported = f"supported: {', '.join(known)}"
         return f"apiversion '{apiversion}' is not supported by this version of modelslim", supported
