@@ -18,8 +18,10 @@ from modelslim.api import (
     AttentionCache,
     CapabilityError,
     DatasetError,
+    DecodedTensor,
     ModelError,
     ProcessRequest,
+    StoredTensor,
     Topology,
     VlmCalibSample,
     WeightSource,
@@ -27,6 +29,7 @@ from modelslim.api import (
     hookimpl,
 )
 from modelslim_transformers.experts import fuse_experts
+from modelslim_transformers.fp8 import block_size, decoded_tensors
 from modelslim_transformers.inputs import first_line, media, process, require_modalities, to_device, tokenize
 from modelslim_transformers.kv_caches import candidates, kind_of, proven_kinds
 from modelslim_transformers.placement import state_device
@@ -58,7 +61,7 @@ class TransformersAdapter:
 
     @cached_property
     def config(self) -> Any:
-        """The model's configuration, caching switched off."""
+        """The model's configuration, caching switched off, and without the entry on weights in blocks of float8."""
         from transformers import AutoConfig
 
         try:
@@ -70,6 +73,9 @@ class TransformersAdapter:
             raise ModelError(message, hint=_hint(error)) from error
         for part in (config, config.get_text_config()):
             part.use_cache = False
+        self._block = block_size(getattr(config, "quantization_config", None))
+        if self._block is not None:
+            del config.quantization_config
         return config
 
     @property
@@ -101,8 +107,11 @@ class TransformersAdapter:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The model's dtype: as config.json states it, else that of the first stored tensor."""
-        return self.config.dtype or _stored_dtype(self.model_path)
+        """The model's dtype: as config.json states it, else that of the first stored tensor; of float8 bfloat16."""
+        stated: torch.dtype | None = self.config.dtype
+        if stated is None and self._block is not None:
+            return torch.bfloat16
+        return stated or _stored_dtype(self.model_path)
 
     def build(self) -> nn.Module:
         """The model, built without weights; called on meta.
@@ -234,6 +243,12 @@ class TransformersAdapter:
         model.get_input_embeddings()(inputs["input_ids"][:, :1])
         output = yield from drive(self.generate_model_visit(model), model, **inputs, use_cache=False)
         return output.logits
+
+    @hookimpl
+    def get_decoded_tensors(self, tensors: Mapping[str, StoredTensor]) -> Mapping[str, DecodedTensor]:
+        """The weights that are stored in blocks of float8, in the model's dtype."""
+        dtype = self.dtype  # which reads the configuration
+        return decoded_tensors(tensors, self._block, dtype) if self._block else {}
 
     @hookimpl
     def make_tiny_checkpoint(self, model: nn.Module, path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from modelslim_deepseek.fp8 import block_size, dequantize
+from modelslim_transformers.fp8 import block_size, dequantize
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
