@@ -43,7 +43,7 @@ def _names(module: Any) -> tuple[str, str]:
 
 
 def _is_conventional(module: Any) -> bool:
-    if not hasattr(module, "_is_expert_parallel") or module.has_post_expert_norm:
+    if not hasattr(module, "_is_expert_parallel") or getattr(module, "has_post_expert_norm", False):
         return False
     expected = {*_names(module), *(f"{name}_bias" for name in _names(module) if module.has_bias)}
     parameters = dict(module.named_parameters())
