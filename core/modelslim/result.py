@@ -57,16 +57,13 @@ class ResultWriter:
             sum(len(name.encode()) + _ENTRY_BYTES for name in names),
             plan.session.tensor_written,
         )
-        places = zip(self._written, self._shards.restore(self._written), strict=True)
         self.path = output.path
         self._number = len(self.finished)
-        self.stored = {
-            one.record.name: StoredTensor(one.record.name, one.dtype, one.shape, *place, one.record.nbytes)
-            for one, place in places
-        }
-        expected = [{"shard": unit.shard, "position": unit.position} for unit in self.finished[-1:]]
-        if expected and expected != [self._shards.progress]:
-            raise SaveError(f"{output.path}: its journal contradicts itself", hint="--restart begins anew")
+        try:
+            self.stored = self._restore()
+        except BaseException:
+            self._shards.abandon()
+            raise
         self._pool = ThreadPoolExecutor(1, "writer", work_alone)
         self._pending: Future[None] | None = None
 
@@ -78,6 +75,18 @@ class ResultWriter:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._shards.abandon()
+
+    def _restore(self) -> dict[str, StoredTensor]:
+        """Take over what is finished; its tensors by name."""
+        places = self._shards.restore(self._written)
+        if self.finished:
+            last = self.finished[-1]
+            if self._shards.progress != {"shard": last.shard, "position": last.position}:
+                raise SaveError(f"{self.path}: its journal contradicts itself", hint="--restart begins anew")
+        return {
+            one.record.name: StoredTensor(one.record.name, one.dtype, one.shape, *place, one.record.nbytes)
+            for one, place in zip(self._written, places, strict=True)
+        }
 
     def put(
         self,

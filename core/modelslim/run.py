@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def run_plan(
     check_save_path(save_path, plan.checkpoint.path)
     check_space(save_path, sum(plan.result_sizes().values()))
     runner = plan.registry.load("runners", plan.runner)()
-    with plan.checkpoint, OutputDirectory(save_path, journal_header(plan), resume=not restart) as output:
+    output = OutputDirectory(save_path, journal_header(plan), resume=not restart)
+    with _telling_of_rest(output, say), plan.checkpoint, output:
         if output.finished:
             done = sum(one.report is not None for one in output.finished)
             say(f"continuing {output.path}: {done} units are done")
@@ -103,6 +105,19 @@ def run_plan(
         output.commit()
     plan.session.run_finished(report)
     return report
+
+
+@contextmanager
+def _telling_of_rest(output: OutputDirectory, say: Callable[[str], None]) -> Iterator[None]:
+    """Say that a run which failed can be continued."""
+    try:
+        yield
+    except VerificationError:
+        raise
+    except BaseException:
+        if output.left:
+            say(f"what was finished is kept in {output.path}; the same command continues there")
+        raise
 
 
 def _verify(plan: Plan, output: OutputDirectory, units: Sequence[Mapping[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from modelslim.errors import SaveError, UsageError
+from modelslim.errors import ModelSlimError, SaveError, UsageError
 from modelslim.journal import JOURNAL, FinishedUnit, Written, read_rest, refuse_changes
 
 try:
@@ -121,7 +121,9 @@ class ShardWriter:
                     hint="something else has changed it; --restart begins anew",
                 )
             self._stream = self._shard_path(last).open("r+b", buffering=0)
-            _write_all(self._stream, memoryview(bytes(8 + self._room)))  # it may have been closed already
+            if any(self._stream.read(8)):  # it has been closed already, with what is cut off now
+                self._stream.seek(0)
+                _write_all(self._stream, memoryview(bytes(8)))
             self._stream.truncate(end)
             self._stream.seek(end)
             kept = {self._shard_path(number).name for number in range(last + 1)} | {JOURNAL, STATE}
@@ -215,8 +217,10 @@ class ShardWriter:
 class OutputDirectory:
     """``<save_path>.partial`` while the run lasts, ``<save_path>`` once it is whole.
 
-    Leaving the context by an exception removes the partial directory, unless it is to be kept; a killed
-    process leaves it. The next run on the same path continues or replaces it.
+    Leaving the context by an exception removes the partial directory, unless it is to be kept, or units are
+    finished and the same command may do better next time: on a full disk, after an interruption or a fault of a
+    program, not after what is wrong with the model or the data. A killed process leaves it. The next run on the
+    same path continues or replaces it.
 
     Args:
         save_path: the final name.
@@ -234,6 +238,7 @@ class OutputDirectory:
         self._journal: IO[str] | None = None
         self._kept = False
         self._resume = resume
+        self._has_units = False
         self.finished: Sequence[FinishedUnit] = ()
 
     def __enter__(self) -> OutputDirectory:
@@ -269,6 +274,7 @@ class OutputDirectory:
                     refuse_changes(self.path, rest.header, self._header)
                     os.truncate(file, rest.nbytes)
                     self.finished = rest.units
+                    self._has_units = True
                     return True
         except BaseException:
             self._close()
@@ -280,8 +286,16 @@ class OutputDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
+        may_do_better = isinstance(error, SaveError) or not isinstance(error, ModelSlimError)
+        if error is not None and self._has_units and may_do_better:
+            self._kept = True
         if self.path.exists() and not self._kept:  # and has not been given its final name
             _remove(self.path)
+
+    @property
+    def left(self) -> bool:
+        """True when the context is left and another run can continue."""
+        return self._kept and self._journal is None and self.path.exists()
 
     def keep(self) -> None:
         """Leave the partial directory where it is, for people to look at."""
@@ -293,6 +307,7 @@ class OutputDirectory:
         with explained(self.path):
             self._journal.write(json.dumps(entry, separators=(",", ":")) + "\n")
             self._journal.flush()
+        self._has_units = self._has_units or "unit" in entry
 
     def _close(self) -> None:
         if self._journal is not None:

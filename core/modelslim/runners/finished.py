@@ -66,9 +66,9 @@ class FinishedUnits:
             try:
                 modules = {name: self._module(name, saved) for name in unit.modules}
                 caches = {name: self._cache(name, saved) for name in unit.caches}
+                read_small_parts(self._writer.path, index, modules)
             except ModelError:  # the format cannot be read before all of it is there
                 return None
-        read_small_parts(self._writer.path, index, modules)
         for name, module in modules.items():
             module.spec = unit.modules[name]  # a format may say less of it
         if len(kept) < len(edited) or state_digest(modules, caches) != unit.state:
