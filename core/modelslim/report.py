@@ -35,7 +35,12 @@ def journal_header(plan: Plan) -> dict[str, Any]:
     change of their files.
     """
     path = plan.checkpoint.path
-    files = [(str(file.relative_to(path)), file.stat()) for file in sorted(path.rglob("*")) if file.is_file()]
+    names = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
+    files = [
+        (str(name), (path / name).stat())
+        for name in names
+        if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+    ]
     return {
         "journal": VERSION,
         "source": _digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]),
