@@ -138,6 +138,16 @@ def bfloat16_products(x: Tensor) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+def describe_computer(device: str) -> dict[str, str]:
+    """What of the hardware decides how sums are rounded: the same numbers come out where this is the same."""
+    import torch
+
+    facts = {"threads": str(torch.get_num_threads()), "instructions": torch.backends.cpu.get_cpu_capability()}
+    if not device.startswith("cpu"):
+        facts["accelerator"] = str(getattr(torch, device.partition(":")[0]).get_device_name(device))
+    return facts
+
+
 def work_alone() -> None:
     """Make the calling thread compute without helper threads for good; for threads beside the main one."""
     import torch

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -91,6 +93,23 @@ class MediaFolder:
     @cached_property
     def _names(self) -> list[str]:
         return [entry.name for entry in self._directory.iterdir()]
+
+
+def content(sample: Any) -> Any:
+    """A calibration sample as JSON values in which each file stands for what it holds, wherever it lies."""
+    if not is_dataclass(sample) or isinstance(sample, type):
+        return sample
+    return {field: _file_digest(value) if field in SUFFIXES else value for field, value in asdict(sample).items()}
+
+
+def _file_digest(file: str | None) -> str | None:
+    if file is None:
+        return None
+    digest = hashlib.sha256()
+    with Path(file).open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _alternatives(suffixes: Sequence[str]) -> str:

@@ -13,6 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from modelslim.devices import describe_computer
+from modelslim.journal import VERSION
+from modelslim.media import content
 from modelslim.plan import Plan
 from modelslim.saver import TensorRecord
 
@@ -26,14 +29,26 @@ REPORT = "report.json"
 
 
 def journal_header(plan: Plan) -> dict[str, Any]:
-    """First line of a run's journal: what the run is, so that a later one can tell whether it is the same."""
+    """First line of a run's journal: all that shapes the result, so that a later run can tell whether it is the same.
+
+    Of the weights not the content counts, which would take as long to read as the run takes, but size and time of
+    change of their files.
+    """
+    path = plan.checkpoint.path
+    names = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
+    files = [
+        (str(name), (path / name).stat())
+        for name in names
+        if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+    ]
     return {
-        "journal": 1,
-        "source": _digest(
-            [(t.name, t.dtype, t.shape, t.nbytes, t.file.name) for t in plan.checkpoint.tensors.values()]
-        ),
-        "protocol": _digest([(step.path, sorted(step.specs)) for step in plan.steps]),
-        "dataset": _digest(list(plan.samples)),
+        "journal": VERSION,
+        "source": _digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]),
+        "protocol": _digest(plan.protocol.document.value),
+        "dataset": _digest([content(sample) for sample in plan.samples]),
+        "adapter": plan.adapter,
+        "device": plan.device,
+        "computer": describe_computer(plan.device),
         "versions": versions(plan),
     }
 

@@ -3,21 +3,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import safetensors.torch
 from torch import Tensor
 
-from modelslim.checkpoint import DTYPE_NAMES, byte_view
+from modelslim.checkpoint import DTYPE_NAMES, StoredTensor, byte_view
 from modelslim.devices import work_alone
+from modelslim.errors import SaveError
 from modelslim.files import copy_companions
+from modelslim.journal import FinishedUnit, Written
 from modelslim.kv_cache import QuantizedCache
 from modelslim.plan import Plan
 from modelslim.quantized import QuantizedExperts, QuantizedLinear
 from modelslim.saver import TensorRecord
 from modelslim.types import QuantSpec, TensorSpec
-from modelslim.writer import OutputDirectory, ShardWriter, write_json
+from modelslim.writer import STATE, OutputDirectory, ShardWriter, explained, sync, write_json
 
 _ENTRY_BYTES = 112  # of a header entry, without the name
 
@@ -29,13 +36,19 @@ class ResultWriter:
 
     Args:
         plan: the plan.
-        output: where to write.
+        output: where to write; what an earlier run has finished there is taken over.
+
+    Attributes:
+        finished: what that run has written, in order of ``put``.
+        path: where it lies.
+        stored: its tensors by name.
     """
 
     def __init__(self, plan: Plan, output: OutputDirectory) -> None:
         self._plan = plan
         self._output = output
-        self._records: list[TensorRecord] = []
+        self.finished = output.finished
+        self._written = [one for unit in self.finished for one in unit.tensors]
         names = plan.result_sizes()
         self._shards = ShardWriter(
             output.path,
@@ -44,6 +57,13 @@ class ResultWriter:
             sum(len(name.encode()) + _ENTRY_BYTES for name in names),
             plan.session.tensor_written,
         )
+        self.path = output.path
+        self._number = len(self.finished)
+        try:
+            self.stored = self._restore()
+        except BaseException:
+            self._shards.abandon()
+            raise
         self._pool = ThreadPoolExecutor(1, "writer", work_alone)
         self._pending: Future[None] | None = None
 
@@ -56,6 +76,18 @@ class ResultWriter:
         self._pool.shutdown(cancel_futures=True)
         self._shards.abandon()
 
+    def _restore(self) -> dict[str, StoredTensor]:
+        """Take over what is finished; its tensors by name."""
+        places = self._shards.restore(self._written)
+        if self.finished:
+            last = self.finished[-1]
+            if self._shards.progress != {"shard": last.shard, "position": last.position}:
+                raise SaveError(f"{self.path}: its journal contradicts itself", hint="--restart begins anew")
+        return {
+            one.record.name: StoredTensor(one.record.name, one.dtype, one.shape, *place, one.record.nbytes)
+            for one, place in zip(self._written, places, strict=True)
+        }
+
     def put(
         self,
         unit: str,
@@ -63,6 +95,8 @@ class ResultWriter:
         caches: Mapping[str, QuantizedCache],
         edited: Mapping[str, Tensor],
         copies: Sequence[str],
+        changed: Sequence[str] = (),
+        report: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a unit's quantized linears and copy its other tensors; waits for the unit before.
 
@@ -72,12 +106,14 @@ class ResultWriter:
             caches: quantized key/value caches, on the CPU, by the names of their places.
             edited: float tensors that an algorithm changed, on the CPU, by stored name.
             copies: stored tensors that go into the result unchanged.
+            changed: names of the parameters in ``edited``.
+            report: the unit's record for the report, for the journal; not to be changed any more.
 
         Raises:
             SaveError, ModelError: writing or reading failed, for this unit or the one before.
         """
-        self._wait()
-        self._pending = self._pool.submit(self._write, unit, modules, caches, edited, copies)
+        self.wait()
+        self._pending = self._pool.submit(self._write, unit, modules, caches, edited, copies, changed, report)
 
     def finish(self) -> list[TensorRecord]:
         """Write what remains: indices, descriptions, config.json, the files beside the weights.
@@ -85,17 +121,25 @@ class ResultWriter:
         Returns:
             What was written, tensor by tensor.
         """
-        self._wait()
+        self.wait()
         self._shards.finish()
-        plan = self._plan
-        for name, value in plan.saver.finish(self._records, plan.planned).items():
+        if (self.path / STATE).is_dir():
+            with explained(self.path):
+                shutil.rmtree(self.path / STATE)
+        plan, records = self._plan, [one.record for one in self._written]
+        for name, value in plan.saver.finish(records, plan.planned).items():
             write_json(self._output.path / name, value)
         copy_companions(plan.checkpoint.path, self._output.path)
-        config = plan.saver.edit_config(dict(plan.checkpoint.config), self._records, plan.planned)
+        config = plan.saver.edit_config(dict(plan.checkpoint.config), records, plan.planned)
         write_json(self._output.path / "config.json", config)
-        return self._records
+        return records
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait until what was put has been written.
+
+        Raises:
+            SaveError, ModelError: it could not be.
+        """
         if self._pending is not None:
             self._pending.result()
             self._pending = None
@@ -107,9 +151,11 @@ class ResultWriter:
         caches: Mapping[str, QuantizedCache],
         edited: Mapping[str, Tensor],
         copies: Sequence[str],
+        changed: Sequence[str],
+        report: Mapping[str, Any] | None,
     ) -> None:
         saver, dtype = self._plan.saver, self._plan.info.dtype
-        first = len(self._records)
+        first = len(self._written)
         for stored, linear in self._stored(modules):
             for name, tensor in saver.encode(stored, linear, dtype):
                 self._add(name, tensor, linear.spec)
@@ -121,9 +167,26 @@ class ResultWriter:
         for name in copies:
             source = self._plan.checkpoint.tensors[name]
             self._shards.add(name, source.dtype, source.shape, source.nbytes, self._plan.checkpoint.chunks(name))
-            self._records.append(TensorRecord(name, None, source.nbytes))
-        entry = {"unit": unit, **self._shards.progress, "tensors": [record.name for record in self._records[first:]]}
-        self._output.journal(entry)
+            self._written.append(Written(TensorRecord(name, None, source.nbytes), source.dtype, source.shape))
+        state = ""
+        if self._plan.samples and self._plan.propagates_quantized:
+            state = state_digest(modules, caches)
+            write_small_parts(self.path, self._number, modules)
+        self._number += 1
+        specs = {name: module.spec for name, module in modules.items()}
+        tensors = self._written[first:]
+        self._shards.sync()
+        line = FinishedUnit(
+            unit,
+            **self._shards.progress,
+            tensors=tensors,
+            modules=specs,
+            caches=list(caches),
+            edited=list(changed),
+            state=state,
+            report=report,
+        )
+        self._output.journal(line.as_data())
 
     def _stored(self, modules: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, QuantizedLinear]]:
         """Every linear under its stored name, experts one by one."""
@@ -139,4 +202,49 @@ class ResultWriter:
     def _add(self, name: str, tensor: Tensor, spec: QuantSpec | None, cache: TensorSpec | None = None) -> None:
         data = byte_view(tensor.contiguous())
         self._shards.add(name, DTYPE_NAMES[tensor.dtype], tensor.shape, len(data), [data] if len(data) else [])
-        self._records.append(TensorRecord(name, spec, len(data), cache))
+        record = TensorRecord(name, spec, len(data), cache)
+        self._written.append(Written(record, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)))
+
+
+def write_small_parts(path: Path, number: int, modules: Mapping[str, QuantizedLinear]) -> None:
+    """Keep what weighs little, beside the result, until the run is done: formats may store products of it.
+
+    Args:
+        path: the partial directory.
+        number: of the unit.
+        modules: its quantized linears.
+    """
+    parts = {
+        f"{name}/{part}": buffer.clone()
+        for name, module in modules.items()
+        for part, buffer in module.named_buffers()
+        if is_small(module, buffer)
+    }
+    with explained(path):
+        (path / STATE).mkdir(exist_ok=True)
+        (path / STATE / str(number)).write_bytes(safetensors.torch.save(parts))
+        sync(path / STATE / str(number))
+
+
+def read_small_parts(path: Path, number: int, modules: Mapping[str, QuantizedLinear]) -> None:
+    """Give modules that were read back what ``write_small_parts`` kept of them."""
+    parts = safetensors.torch.load((path / STATE / str(number)).read_bytes())
+    for name, module in modules.items():
+        for part, buffer in list(module._buffers.items()):
+            if buffer is None or is_small(module, buffer):
+                setattr(module, part, parts.get(f"{name}/{part}"))
+
+
+def is_small(module: QuantizedLinear, buffer: Tensor) -> bool:
+    """True for what has at most one value for each row of the weight, such as scales per channel."""
+    return buffer.numel() <= module.codes.numel() // module.in_features
+
+
+def state_digest(modules: Mapping[str, QuantizedLinear], caches: Mapping[str, QuantizedCache]) -> str:
+    """A digest of all numbers with which modules compute."""
+    digest = hashlib.sha256()
+    for name, module in sorted({**modules, **caches}.items()):
+        for part, buffer in sorted(module.named_buffers()):
+            digest.update(f"{name} {part} {buffer.dtype} {list(buffer.shape)};".encode())
+            digest.update(byte_view(buffer.contiguous()))
+    return digest.hexdigest()

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from modelslim.errors import Diagnostic, VerificationError
+from modelslim.journal import FAULTY
 from modelslim.plan import Plan, make_plan
 from modelslim.report import REPORT, journal_header, make_report
 from modelslim.result import ResultWriter
@@ -26,6 +28,7 @@ def quantize(
     engine: str | None = None,
     tp: int = 1,
     check: bool = True,
+    restart: bool = False,
     observers: Sequence[tuple[str, object]] = (),
 ) -> dict[str, Any]:
     """Quantize a checkpoint.
@@ -40,12 +43,14 @@ def quantize(
         engine: refuse what this engine does not load; see ``make_plan``.
         tp: the engine's degree of tensor parallelism.
         check: verify the result before it gets its name.
+        restart: begin anew what an interrupted run left in ``<save_path>.partial``; False to continue it.
         observers: further plugins of this run, by name.
 
     Returns:
         The report, which also lies in ``<save_path>/report.json``.
 
     Raises:
+        UsageError: the interrupted run was another one; says what differs.
         VerificationError: the result is faulty; it keeps the name ``<save_path>.partial``.
         ModelSlimError: another of its subclasses; nothing lies under ``save_path`` then.
     """
@@ -60,15 +65,34 @@ def quantize(
         tp=tp,
         observers=observers,
     )
-    return run_plan(plan, save_path, check=check)
+    return run_plan(plan, save_path, check=check, restart=restart)
 
 
-def run_plan(plan: Plan, save_path: Path, *, check: bool = True) -> dict[str, Any]:
-    """Execute a plan; see :func:`quantize`."""
+def run_plan(
+    plan: Plan,
+    save_path: Path,
+    *,
+    check: bool = True,
+    restart: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Execute a plan; see :func:`quantize`.
+
+    Args:
+        plan: the plan.
+        save_path: where the result goes.
+        check: verify the result before it gets its name.
+        restart: begin anew what an interrupted run left.
+        say: called with what the user should know of an interrupted run that is continued.
+    """
     check_save_path(save_path, plan.checkpoint.path)
     check_space(save_path, sum(plan.result_sizes().values()))
     runner = plan.registry.load("runners", plan.runner)()
-    with plan.checkpoint, OutputDirectory(save_path, journal_header(plan)) as output:
+    output = OutputDirectory(save_path, journal_header(plan), resume=not restart)
+    with _telling_of_rest(output, say), plan.checkpoint, output:
+        if output.finished:
+            done = sum(one.report is not None for one in output.finished)
+            say(f"continuing {output.path}: {done} units are done")
         with ResultWriter(plan, output) as writer:
             units = runner.run(plan, writer)
             records = writer.finish()
@@ -83,11 +107,25 @@ def run_plan(plan: Plan, save_path: Path, *, check: bool = True) -> dict[str, An
     return report
 
 
+@contextmanager
+def _telling_of_rest(output: OutputDirectory, say: Callable[[str], None]) -> Iterator[None]:
+    """Say that a run which failed can be continued."""
+    try:
+        yield
+    except VerificationError:
+        raise
+    except BaseException:
+        if output.left:
+            say(f"what was finished is kept in {output.path}; the same command continues there")
+        raise
+
+
 def _verify(plan: Plan, output: OutputDirectory, units: Sequence[Mapping[str, Any]]) -> None:
     """Refuse to give a faulty result its name."""
     problems = verify_run(plan, output.path, units)
     if problems:
         output.keep()
+        output.journal(FAULTY)
         raise VerificationError(
             f"{output.path}: the result is faulty and keeps this name",
             diagnostics=[Diagnostic(problem.message, hint=problem.hint) for problem in problems],

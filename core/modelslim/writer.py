@@ -3,7 +3,7 @@
 
 A run writes into ``<save_path>.partial``. A shard's header is reserved as zero bytes and filled when
 the shard is closed, so that no loader takes an unfinished shard for a file; memory holds one tensor.
-Each finished unit is a line of the journal.
+Each finished unit is a line of the journal, from which the next run continues one that was killed.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from modelslim.errors import SaveError, UsageError
+from modelslim.errors import ModelSlimError, SaveError, UsageError
+from modelslim.journal import JOURNAL, FinishedUnit, Written, read_rest, refuse_changes
 
 try:
     import fcntl
 except ModuleNotFoundError:  # Windows locks in another way; runs there do not see each other
     fcntl = None  # type: ignore[assignment]
 
-JOURNAL = "journal.jsonl"
+STATE = "state"
+"""Folder for what only a run that continues needs; gone from the result."""
 _ALIGN = 64
 
 
@@ -74,47 +76,97 @@ class ShardWriter:
         Raises:
             SaveError: the disk is full, or writing failed.
         """
-        if name in self._names:
-            raise SaveError(f"{name} would be written twice", hint="the source has a tensor with a name of the format")
-        self._names.add(name)
-        with _explained(self._directory):
-            entry = self._entry(name, dtype, shape, self._position, nbytes)
-            if self._stream is not None and self._must_roll(entry, nbytes):
+        with explained(self._directory):
+            if self._stream is not None and self._must_roll(name, dtype, shape, nbytes):
                 self._close_shard()
-                entry = self._entry(name, dtype, shape, 0, nbytes)
             if self._stream is None:
                 self._open_shard()
             assert self._stream is not None
+            self._note(name, dtype, shape, nbytes)
             for piece in pieces:
                 _write_all(self._stream, piece)
-            self._entries.append(entry)
-            self._header_size += len(entry) + 1
-            self._position += nbytes
-            self._total += nbytes
-            self._shards[-1].append(name)
         self._written(name, nbytes)
+
+    def restore(self, tensors: Sequence[Written]) -> list[tuple[Path, int]]:
+        """Go on behind tensors that an earlier process wrote; what it wrote behind them is cut off.
+
+        Args:
+            tensors: those tensors, all of them, in order.
+
+        Returns:
+            File and offset of each; files keep these names until ``finish``.
+
+        Raises:
+            SaveError: they are not there.
+        """
+        if not tensors:
+            return []
+        places = []
+        for one in tensors:
+            if not self._shards or self._must_roll(one.record.name, one.dtype, one.shape, one.record.nbytes):
+                self._begin_shard()
+            places.append((self._shard_path(len(self._shards) - 1), 8 + self._room + self._position))
+            self._note(one.record.name, one.dtype, one.shape, one.record.nbytes)
+        last = len(self._shards) - 1
+        with explained(self._directory):
+            for number in range(last + 1):
+                final = self._directory / self._final_name(number)
+                if final.exists():  # it was killed while shards got their names, which was after the last unit
+                    final.rename(self._shard_path(number))
+            end = 8 + self._room + self._position
+            whole = [self._shard_path(number).is_file() for number in range(last)]
+            if not all(whole) or _size(self._shard_path(last)) < end:
+                raise SaveError(
+                    f"{self._directory}: what its journal says is not all there",
+                    hint="something else has changed it; --restart begins anew",
+                )
+            self._stream = self._shard_path(last).open("r+b", buffering=0)
+            if any(self._stream.read(8)):  # it has been closed already, with what is cut off now
+                self._stream.seek(0)
+                _write_all(self._stream, memoryview(bytes(8)))
+            self._stream.truncate(end)
+            self._stream.seek(end)
+            kept = {self._shard_path(number).name for number in range(last + 1)} | {JOURNAL, STATE}
+            _remove_all(entry for entry in self._directory.iterdir() if entry.name not in kept)
+        return places
+
+    def sync(self) -> None:
+        """Have all that was written on the disk before going on."""
+        if self._stream is not None:
+            with explained(self._directory):
+                os.fsync(self._stream.fileno())
 
     def finish(self) -> None:
         """Close the last shard, give all shards their names and write the index."""
-        with _explained(self._directory):
+        with explained(self._directory):
             if self._stream is None:
                 self._open_shard()
             self._close_shard()
-            count = len(self._shards)
             weight_map = {}
             for number, names in enumerate(self._shards):
-                final = f"{self._stem}-{number + 1:05d}-of-{count:05d}.safetensors"
-                if not self._max_bytes:
-                    final = f"{self._stem}.safetensors"
+                final = self._final_name(number)
                 self._shard_path(number).rename(self._directory / final)
                 weight_map.update(dict.fromkeys(names, final))
             if self._max_bytes:
                 index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
                 write_json(self._directory / f"{self._stem}.safetensors.index.json", index)
 
-    def _must_roll(self, entry: str, nbytes: int) -> bool:
+    def _note(self, name: str, dtype: str, shape: Iterable[int], nbytes: int) -> None:
+        """Enter a tensor at the end of the open shard."""
+        if name in self._names:
+            raise SaveError(f"{name} would be written twice", hint="the source has a tensor with a name of the format")
+        self._names.add(name)
+        entry = self._entry(name, dtype, shape, self._position, nbytes)
+        self._entries.append(entry)
+        self._header_size += len(entry) + 1
+        self._position += nbytes
+        self._total += nbytes
+        self._shards[-1].append(name)
+
+    def _must_roll(self, name: str, dtype: str, shape: Iterable[int], nbytes: int) -> bool:
         if not self._max_bytes:
             return False
+        entry = self._entry(name, dtype, shape, self._position, nbytes)
         return self._position + nbytes > self._max_bytes or self._header_size + len(entry) + 2 > self._room
 
     @staticmethod
@@ -125,10 +177,19 @@ class ShardWriter:
     def _shard_path(self, number: int) -> Path:
         return self._directory / f"{self._stem}-{number + 1:05d}.safetensors.unfinished"
 
+    def _final_name(self, number: int) -> str:
+        """The name of a shard when it is certain how many there are."""
+        if not self._max_bytes:
+            return f"{self._stem}.safetensors"
+        return f"{self._stem}-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
+
     def _open_shard(self) -> None:
         self._stream = self._shard_path(len(self._shards)).open("wb", buffering=0)
         self._stream.truncate(8 + self._room)
         self._stream.seek(8 + self._room)
+        self._begin_shard()
+
+    def _begin_shard(self) -> None:
         self._shards.append([])
         self._entries, self._header_size, self._position = [], 2, 0
 
@@ -156,28 +217,39 @@ class ShardWriter:
 class OutputDirectory:
     """``<save_path>.partial`` while the run lasts, ``<save_path>`` once it is whole.
 
-    Leaving the context by an exception removes the partial directory, unless it is to be kept; a killed
-    process leaves it. The next run on the same path replaces it.
+    Leaving the context by an exception removes the partial directory, unless it is to be kept, or units are
+    finished and the same command may do better next time: on a full disk, after an interruption or a fault of a
+    program, not after what is wrong with the model or the data. A killed process leaves it. The next run on the
+    same path continues or replaces it.
 
     Args:
         save_path: the final name.
         header: first line of the journal: what this run is.
+        resume: True to continue what an earlier run left; False to replace it.
+
+    Attributes:
+        finished: what that run had finished, in order; known once the context is entered.
     """
 
-    def __init__(self, save_path: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, save_path: Path, header: Mapping[str, Any], resume: bool = False) -> None:
         self.save_path = save_path.resolve()  # a link keeps its place and its target is made
         self.path = partial_path(self.save_path)
         self._header = header
         self._journal: IO[str] | None = None
         self._kept = False
+        self._resume = resume
+        self._has_units = False
+        self.finished: Sequence[FinishedUnit] = ()
 
     def __enter__(self) -> OutputDirectory:
-        with _explained(self.path):
+        if self._resume and self._continue():
+            return self
+        with explained(self.path):
             if self.path.exists():
                 _remove(self.path)
             self.path.mkdir(parents=True)
         try:
-            with _explained(self.path):
+            with explained(self.path):
                 self._journal = (self.path / JOURNAL).open("a", encoding="utf-8")
                 _lock(self._journal)
             self.journal(self._header)
@@ -187,12 +259,43 @@ class OutputDirectory:
             raise
         return self
 
+    def _continue(self) -> bool:
+        """Take over what another run left, up to the last whole line of its journal; False when that is nothing."""
+        file = self.path / JOURNAL
+        if not file.is_file():
+            return False
+        try:
+            with explained(self.path):
+                self._journal = file.open("a", encoding="utf-8")
+                if not _lock(self._journal):
+                    raise _in_use(self.path)
+                rest = read_rest(file)
+                if rest is not None:
+                    refuse_changes(self.path, rest.header, self._header)
+                    os.truncate(file, rest.nbytes)
+                    self.finished = rest.units
+                    self._has_units = True
+                    return True
+        except BaseException:
+            self._close()
+            raise
+        self._close()
+        return False
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
+        may_do_better = isinstance(error, SaveError) or not isinstance(error, ModelSlimError)
+        if error is not None and self._has_units and may_do_better:
+            self._kept = True
         if self.path.exists() and not self._kept:  # and has not been given its final name
             _remove(self.path)
+
+    @property
+    def left(self) -> bool:
+        """True when the context is left and another run can continue."""
+        return self._kept and self._journal is None and self.path.exists()
 
     def keep(self) -> None:
         """Leave the partial directory where it is, for people to look at."""
@@ -201,9 +304,10 @@ class OutputDirectory:
     def journal(self, entry: Mapping[str, Any]) -> None:
         """Append a line to the journal, which is locked for as long as the run lives."""
         assert self._journal is not None
-        with _explained(self.path):
+        with explained(self.path):
             self._journal.write(json.dumps(entry, separators=(",", ":")) + "\n")
             self._journal.flush()
+        self._has_units = self._has_units or "unit" in entry
 
     def _close(self) -> None:
         if self._journal is not None:
@@ -213,13 +317,13 @@ class OutputDirectory:
 
     def commit(self) -> None:
         """Give the directory its final name."""
-        with _explained(self.save_path):
+        with explained(self.save_path):
             for file in (self.path, *self.path.rglob("*")):
-                _sync(file)
+                sync(file)
             self.path.rename(self.save_path)  # onto an empty directory, or onto nothing
             # Not before: by its journal the next run knows the rest of a killed one.
             (self.save_path / JOURNAL).unlink()
-            _sync(self.save_path.parent)
+            sync(self.save_path.parent)
 
 
 def partial_path(save_path: Path) -> Path:
@@ -251,7 +355,7 @@ def check_save_path(save_path: Path, model_path: Path) -> None:
     if (partial.exists() or partial.is_symlink()) and not _is_rest(partial):
         raise UsageError(f"{partial} is in the way and is not the rest of an earlier run", hint="move it away")
     if partial.exists() and _is_locked(partial / JOURNAL):
-        raise UsageError(f"another run is writing {partial}", hint="wait for it, or choose another directory")
+        raise _in_use(partial)
     existing = next(parent for parent in save.parents if parent.exists())
     if not existing.is_dir():
         raise UsageError(f"--save_path {save_path}: {existing} is a file", hint="choose another place")
@@ -266,24 +370,39 @@ def _is_rest(partial: Path) -> bool:
     return (partial / JOURNAL).is_file() or not any(partial.iterdir())
 
 
+def _in_use(partial: Path) -> UsageError:
+    return UsageError(f"another run is writing {partial}", hint="wait for it, or choose another directory")
+
+
 def _remove(partial: Path) -> None:
     """Remove a partial directory, its journal last: a run killed meanwhile leaves what the next one knows."""
-    for entry in partial.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name != JOURNAL:
-            entry.unlink()
+    if (partial / JOURNAL).is_file():
+        os.truncate(partial / JOURNAL, 0)  # what is half removed is nothing to go on from
+    _remove_all(entry for entry in partial.iterdir() if entry.name != JOURNAL)
     shutil.rmtree(partial)
 
 
+def _remove_all(entries: Iterable[Path]) -> None:
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else -1
+
+
 def check_space(save_path: Path, nbytes: int) -> None:
-    """Refuse a run whose result will not fit on the disk.
+    """Refuse a run whose result will not fit on the disk; what an earlier run left is continued, or makes room.
 
     Raises:
         SaveError: says what is needed and what is free.
     """
     existing = next(parent for parent in save_path.resolve().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+    rest = partial_path(save_path.resolve())
+    free = shutil.disk_usage(existing).free + sum(max(_size(file), 0) for file in rest.rglob("*"))
     if free < nbytes:
         raise SaveError(
             f"--save_path {save_path}: the result needs {nbytes:,} bytes and {free:,} are free",
@@ -293,7 +412,7 @@ def check_space(save_path: Path, nbytes: int) -> None:
 
 def write_json(file: Path, value: Any) -> None:
     """Write a JSON file, two spaces deep."""
-    with _explained(file):
+    with explained(file):
         file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -320,7 +439,7 @@ def _is_locked(file: Path) -> bool:
         return not _lock(stream)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have a file's data, or a directory's entries, on the disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -330,7 +449,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _explained(place: Path) -> Iterator[None]:
+def explained(place: Path) -> Iterator[None]:
     """Turn an OSError into a SaveError that says what to do."""
     try:
         yield

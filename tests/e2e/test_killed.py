@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is killed or interrupted, at any moment: nothing looks finished, the same command makes it good.
+"""A run that is killed or interrupted, at any moment: nothing looks finished, the same command continues it.
 
 The moments are the points at which a run changes files: an audit hook counts them and sends the
 process a signal before the change is made. Random delays add what lies between them.
@@ -94,7 +94,7 @@ Fork = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def fork(tiny_llama: Path, w8a8_static: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
-    """``fork(protocol, folder, moment=3, signal=SIGKILL)``: quantize ``tiny_llama`` into ``folder/out``.
+    """``fork(protocol, folder, "--restart", moment=3, signal=SIGKILL)``: quantize ``tiny_llama`` into ``folder/out``.
 
     The run gets the signal before its moment-th change of files in the folder, or after ``delay`` seconds.
     """
@@ -105,11 +105,11 @@ def fork(tiny_llama: Path, w8a8_static: str, tmp_path_factory: pytest.TempPathFa
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin is not None and server.stdout is not None
 
-        def run(protocol: Path, folder: Path, **order: Any) -> Run:
+        def run(protocol: Path, folder: Path, *more: str, **order: Any) -> Run:
             assert server.stdin is not None and server.stdout is not None
             folder.mkdir(exist_ok=True)
             arguments = ["quant", "--quiet", "--device", "cpu", "--model_path", str(tiny_llama)]
-            arguments += ["--save_path", str(folder / "out"), "--config_path", str(protocol)]
+            arguments += ["--save_path", str(folder / "out"), "--config_path", str(protocol), *more]
             fixed = {"arguments": arguments, "folder": f"{folder}/", "words": str(words)}
             words.write_text("")
             server.stdin.write(json.dumps({"moment": 0, "signal": 0, "delay": None, **order, **fixed}) + "\n")
@@ -124,6 +124,12 @@ def fork(tiny_llama: Path, w8a8_static: str, tmp_path_factory: pytest.TempPathFa
 def config(protocol: Callable[[str], Path], w8a8_dynamic: str) -> Path:
     """W8A8_DYNAMIC in several weight files."""
     return protocol(w8a8_dynamic.replace("part_file_size: 4", "part_file_size: 0.00003"))
+
+
+@pytest.fixture(scope="module")
+def gptq(w8a8_static: str) -> str:
+    """YAML: W8A8 by GPTQ, each unit calibrated behind quantized ones, in several weight files."""
+    return w8a8_static.replace("symmetric: True, method: minmax", "method: gptq").replace("_size: 4", "_size: 0.00003")
 
 
 def without_report(files: dict[str, str]) -> dict[str, str]:
@@ -181,34 +187,63 @@ def test_a_run_killed_while_it_removes_what_another_left_can_be_repeated(
         return list((folder / "out.partial").iterdir())
 
     rest = leave_rest(tmp_path / "rest")
-    changes = fork(config, tmp_path / "rest").changes
+    changes = fork(config, tmp_path / "rest", "--restart").changes
     removals = changes[: changes.index("os.mkdir out.partial")]
     assert len(removals) >= len(rest) > 10
     for moment in range(1, len(removals) + 2):
         folder = tmp_path / str(moment)
         leave_rest(folder)
-        assert fork(config, folder, moment=moment, signal=signal.SIGKILL).code < 0
+        assert fork(config, folder, "--restart", moment=moment, signal=signal.SIGKILL).code < 0
         left = [path.name for path in (folder / "out.partial").glob("*")]
         assert fork(config, folder).code == 0, left
         assert without_report(snapshot(folder / "out")) == expected
 
 
-def test_a_calibrating_run_killed_at_random_leaves_nothing_finished_and_can_be_repeated(
+def test_a_run_killed_while_it_continues_another_can_be_continued(
+    fork: Fork, protocol: Callable[[str], Path], gptq: str, snapshot: Snapshot, tmp_path: Path
+) -> None:
+    config = protocol(gptq)
+    undisturbed = fork(config, tmp_path / "0")
+    expected = without_report(snapshot(tmp_path / "0" / "out"))
+    half = undisturbed.changes.index("open out.partial/state/2") + 1
+
+    def leave_rest(folder: Path) -> None:
+        assert fork(config, folder, moment=half, signal=signal.SIGKILL).code < 0
+        assert (folder / "out.partial" / "journal.jsonl").read_bytes().count(b"\n") == 3  # two units
+
+    leave_rest(tmp_path / "1")
+    changes = fork(config, tmp_path / "1").changes
+    named = changes.index("os.rename out.partial out") + 1
+    for moment in (*range(1, named, 6), named):
+        folder = tmp_path / f"killed{moment}"
+        leave_rest(folder)
+        assert fork(config, folder, moment=moment, signal=signal.SIGKILL).code < 0
+        assert [path.name for path in folder.iterdir()] == ["out.partial"], changes[moment - 1]
+        check_partial(folder / "out.partial", tmp_path / "0" / "out")
+        assert fork(config, folder).code == 0, changes[moment - 1]
+        assert without_report(snapshot(folder / "out")) == expected, changes[moment - 1]
+
+
+@pytest.mark.parametrize("kind", ["static", "gptq", "smoothing"])
+def test_a_calibrating_run_killed_at_random_leaves_nothing_finished_and_is_continued(
+    kind: str,
     fork: Fork,
     protocol: Callable[[str], Path],
     w8a8_static: str,
+    gptq: str,
     tiny_llama: Path,
     snapshot: Snapshot,
     tmp_path: Path,
 ) -> None:
-    config = protocol(w8a8_static)
+    smoothing = w8a8_static.replace("process:\n", "process:\n    - {type: iter_smooth}\n")
+    config = protocol({"static": w8a8_static, "gptq": gptq, "smoothing": smoothing}[kind])
     source = snapshot(tiny_llama)
     undisturbed = fork(config, tmp_path / "0")
     whole = tmp_path / "0" / "out"
     expected = without_report(snapshot(whole))
     chance = random.Random(0)
     caught = 0
-    for number in range(1, 16):
+    for number in range(1, 21):
         folder = tmp_path / str(number)
         delay = chance.uniform(0, undisturbed.seconds)
         killed = fork(config, folder, delay=delay, signal=signal.SIGKILL)
@@ -224,23 +259,32 @@ def test_a_calibrating_run_killed_at_random_leaves_nothing_finished_and_can_be_r
     assert caught > 0
 
 
-def test_a_run_interrupted_before_any_of_its_changes_says_so_and_cleans_up(
+def test_a_run_interrupted_before_any_of_its_changes_says_so_and_is_continued(
     fork: Fork, config: Path, snapshot: Snapshot, tmp_path: Path
 ) -> None:
     undisturbed = fork(config, tmp_path / "0")
     expected = without_report(snapshot(tmp_path / "0" / "out"))
     named = undisturbed.changes.index("os.rename out.partial out") + 1
+    kept = 0
     for moment, what in enumerate(undisturbed.changes, start=1):
         folder = tmp_path / str(moment)
         run = fork(config, folder, moment=moment, signal=signal.SIGINT)
         assert (run.code, run.words.strip()) == (130, "error: interrupted"), what
         if moment <= named:
-            assert list(folder.iterdir()) == [], what
+            # What no unit has been finished of is removed.
+            partial = folder / "out.partial"
+            assert list(folder.iterdir()) in ([], [partial]), what
+            if partial.exists():
+                assert (partial / "journal.jsonl").read_bytes().count(b"\n") > 1
+                kept += 1
+                assert fork(config, folder).code == 0, what
+                assert without_report(snapshot(folder / "out")) == expected, what
         else:
             assert [path.name for path in folder.iterdir()] == ["out"], what
             files = without_report(snapshot(folder / "out"))
             files.pop("journal.jsonl", None)
             assert files == expected, what
+    assert kept > 5
 
 
 def test_the_report_of_a_repeated_run_differs_in_measurements_alone(fork: Fork, config: Path, tmp_path: Path) -> None:
@@ -288,7 +332,7 @@ def test_a_run_of_the_real_model_bars_another_and_survives_a_signal(
     assert f"another run is writing {tmp_path / 'out.partial'}" in second.stderr
     assert process.returncode == code
     assert words.strip() == ("error: interrupted" if number == signal.SIGINT else "")
-    assert (tmp_path / "out.partial").exists() == (number == signal.SIGKILL)
+    assert (tmp_path / "out.partial").exists()  # with the units that are finished, which the next run takes over
     assert not (tmp_path / "out").exists()
     assert snapshot(smollm2) == source
     assert here(*command).returncode == 0

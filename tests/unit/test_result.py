@@ -284,9 +284,15 @@ def test_a_copied_tensor_that_is_not_finite_fails_the_run(
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("free", [0, 10_000, 150_000])
-def test_a_disk_that_fills_up_during_a_run_leaves_nothing(
-    tiny_llama: Path, protocol: Protocol, w8a8_static: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+@pytest.mark.parametrize(("free", "units"), [(0, 0), (10_000, 0), (150_000, 3)])
+def test_a_disk_that_fills_up_during_a_run_leaves_nothing_but_finished_units(
+    tiny_llama: Path,
+    protocol: Protocol,
+    w8a8_static: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    units: int,
 ) -> None:
     left = free
 
@@ -309,7 +315,13 @@ def test_a_disk_that_fills_up_during_a_run_leaves_nothing(
     monkeypatch.setattr(Path, "open", opened)
     with pytest.raises(SaveError, match="the disk is full"):
         quantize(tiny_llama, tmp_path / "out", file, device="cpu")
-    assert set(tmp_path.iterdir()) == before
+    if not units:
+        assert set(tmp_path.iterdir()) == before
+        return
+    monkeypatch.undo()
+    assert (tmp_path / "out.partial" / "journal.jsonl").read_bytes().count(b"\n") == 1 + units
+    quantize(tiny_llama, tmp_path / "out", file, device="cpu")
+    assert set(tmp_path.iterdir()) == {*before, tmp_path / "out"}
 
 
 def test_a_result_that_cannot_fit_is_refused_before_a_run(

@@ -105,6 +105,12 @@ verify_option = option(
     help="Check the result before it gets its name.  [default: verify]",
 )
 
+restart_option = option(
+    "--restart",
+    is_flag=True,
+    help="Begin anew what an interrupted run left in <save_path>.partial.  [default: continue it]",
+)
+
 json_option = option(
     "--json",
     is_flag=True,

@@ -21,6 +21,7 @@ from modelslim.cli.options import (
     model_path_option,
     model_type_option,
     quiet_option,
+    restart_option,
     save_path_option,
     tp_option,
     trust_remote_code_option,
@@ -39,6 +40,7 @@ from modelslim.cli.output import Output, pass_output
 @tp_option
 @trust_remote_code_option
 @verify_option
+@restart_option
 @json_option
 @quiet_option
 @pass_output
@@ -53,11 +55,13 @@ def command(
     tp: int,
     trust_remote_code: bool,
     check: bool,
+    restart: bool,
 ) -> None:
     """Quantize a model and write the result.
 
     Everything that can be wrong is refused before a weight is read. The result appears under its
-    name only when it is whole and verified; until then it grows in <save_path>.partial.
+    name only when it is whole and verified; until then it grows in <save_path>.partial. The same
+    command continues there after an interruption.
     """
     from modelslim.devices import prepare_threads
 
@@ -104,7 +108,7 @@ def command(
         )
         for warning in plan.warnings:
             output.warn(warning)
-        report = run_plan(plan, save_path, check=check)
+        report = run_plan(plan, save_path, check=check, restart=restart, say=output.note)
     unseen = idle_experts(report)
     if unseen:
         borrowed = sum(len(unit.get("borrowed", ())) for unit in report["units"])

@@ -20,6 +20,8 @@ from modelslim.plan import Plan
 from modelslim.ports import PortCollector
 from modelslim.quantized import QuantizedLinear
 from modelslim.result import ResultWriter
+from modelslim.runners.finished import FinishedUnits
+from modelslim.runners.standing import in_place
 from modelslim.runners.work import Outcome, UnitWork
 from modelslim.statistics import UnitStatistics
 
@@ -44,6 +46,8 @@ class Engine:
             open_places(self._model, attentions(plan.planned.caches))
         self._loader = Loader(self._model, plan.checkpoint, plan.loader.sources, plan.device)
         self._last_pass = self._find_last_pass()
+        self._done = len(writer.finished)
+        self._finished = FinishedUnits(plan, writer, self._model)
         self._reference: Boundary | None = None
         self._records: list[dict[str, Any]] = []
         self._written: set[str] = set()
@@ -58,20 +62,31 @@ class Engine:
         outside = self._work(OUTSIDE).collector()
         with torch.no_grad(), ThreadPoolExecutor(1, "reader", work_alone) as reader, outside, ExitStack() as stack:
             # The embeddings come and go before the first unit comes, so that they do not add up.
-            boundary = self._start(outside, stack) if self._plan.samples else None
-            ahead = reader.submit(self._loader.read, self._names(0))
-            for index, unit in enumerate(self._units):
+            boundary = self._start(outside, stack) if self._done <= self._last_pass else None
+            first = 0 if boundary is not None else min(self._done, len(self._units))
+            for index in range(first):
+                self._skip(index)
+            ahead = reader.submit(self._loader.read, self._names(first)) if first < len(self._units) else None
+            for index, unit in enumerate(self._units[first:], start=first):
+                assert ahead is not None
                 clock = _Clock(self._plan.device)
                 self._plan.session.unit_started(unit, index, self._total)
                 self._loader.install(ahead.result())
                 if index + 1 < len(self._units):
                     ahead = reader.submit(self._loader.read, self._names(index + 1))
                 clock.lap("read")
-                self._unit(index, boundary, outside, clock)
+                if boundary is not None and index < self._done:
+                    self._pass_again(index, boundary, outside)
+                else:
+                    self._unit(index, boundary, outside, clock)
             if self._plan.claimed(OUTSIDE):
-                self._outside(outside.statistics())
+                if len(self._units) < self._done:
+                    self._skip(len(self._units))
+                else:
+                    self._outside(outside.statistics())
             copies = [key for key in self._plan.checkpoint.tensors if key not in self._written]
-            self._writer.put(OUTSIDE, {}, {}, {}, copies)
+            if self._done <= self._total:
+                self._writer.put(OUTSIDE, {}, {}, {}, copies)
         return self._records
 
     def _start(self, outside: PortCollector, stack: ExitStack) -> Boundary:
@@ -90,6 +105,42 @@ class Engine:
         self._loader.release_filled()
         return boundary
 
+    def _skip(self, index: int) -> None:
+        """Take over what an earlier run has done for a unit, which no sample must pass."""
+        name = self._units[index] if index < len(self._units) else "outside the units"
+        self._plan.session.unit_started(name, index, self._total)
+        self._take_over(index)
+
+    def _take_over(self, index: int) -> None:
+        done = self._writer.finished[index]
+        assert done.report is not None
+        stored = self._stored(done.unit) if done.unit else []
+        self._written.update(stored, self._replaced(done.modules, done.edited))
+        self._records.append(dict(done.report))
+        self._plan.session.unit_finished(done.unit, index, self._total, done.report)
+
+    def _pass_again(self, index: int, boundary: Boundary, outside: PortCollector) -> None:
+        """Let the samples pass a unit that an earlier run has finished, as they passed it then."""
+        unit = self._units[index]
+        work = self._work(unit)
+        standing = self._finished.standing(index) if self._plan.propagates_quantized else None
+        if standing is not None:
+            if self._reference is not None:
+                self._reference.run_unit(unit, lambda: None)
+            for name, tensor in standing.edited.items():
+                self._model.get_parameter(name).copy_(tensor)
+            modules = {name: module.to(self._plan.device) for name, module in standing.modules.items()}
+            with in_place(self._model, modules):
+                boundary.run_unit(unit, outside.next_sample)
+        elif work.passes_source and not self._plan.propagates_quantized:
+            boundary.run_unit(unit, outside.next_sample)
+        else:  # what the samples passed is not kept, and the same work gives it again
+            work.calibrate(boundary, outside.next_sample, True, self._reference)
+        if index + 1 < len(self._units):
+            self._loader.release_filled()
+        self._loader.release(self._names(index))
+        self._take_over(index)
+
     def _unit(self, index: int, boundary: Boundary | None, outside: PortCollector, clock: _Clock) -> None:
         unit = self._units[index]
         work = self._work(unit)
@@ -103,10 +154,8 @@ class Engine:
         else:
             outcome = work.work(UnitStatistics({}))
         clock.lap("calibrate and quantize")
-        self._write(unit, outcome, self._stored(unit))
+        self._write(unit, index, clock, outcome, self._stored(unit))
         self._loader.release(self._names(index))
-        clock.lap("write")
-        self._finish(unit, index, clock, outcome)
 
     def _outside(self, statistics: UnitStatistics) -> None:
         """Quantize what lies outside the units; each weight is read here if no forward needed it."""
@@ -116,28 +165,31 @@ class Engine:
         self._loader.install(self._loader.read(names))
         clock.lap("read")
         outcome = self._work(OUTSIDE).work(statistics)
-        self._write(OUTSIDE, outcome, [])
         clock.lap("quantize")
-        self._finish(OUTSIDE, len(self._units), clock, outcome)
+        self._write(OUTSIDE, len(self._units), clock, outcome, [])
 
-    def _write(self, unit: str, outcome: Outcome, stored: Sequence[str]) -> None:
+    def _write(self, unit: str, index: int, clock: _Clock, outcome: Outcome, stored: Sequence[str]) -> None:
         """Hand on what was quantized and edited, and what of the unit's tensors is left to copy."""
         modules: dict[str, QuantizedLinear] = {name: module.to("cpu") for name, module in outcome.modules.items()}
         caches: dict[str, QuantizedCache] = {name: one.to("cpu") for name, one in outcome.caches.items()}
         edited = dict(stored_edits(self._plan, self._model, outcome.edited))
-        parameters = [*outcome.edited, *(f"{name}.{part}" for name in modules for part in ("weight", "bias"))]
-        gone = {key for name in parameters for key in self._plan.stored_keys(name)}
+        gone = self._replaced(modules, outcome.edited)
         copies = [key for key in stored if key not in gone]
         self._written.update(stored, gone)
-        self._writer.put(unit, modules, caches, edited, copies)
+        self._writer.wait()
+        clock.lap("write")
+        record = {"unit": unit, "seconds": clock.laps, **outcome.record}
+        self._records.append(record)
+        self._writer.put(unit, modules, caches, edited, copies, sorted(outcome.edited), record)
+        self._plan.session.unit_finished(unit, index, self._total, record)
+
+    def _replaced(self, modules: Iterable[str], edited: Iterable[str]) -> set[str]:
+        """Stored tensors in whose place others were written."""
+        parameters = [*edited, *(f"{name}.{part}" for name in modules for part in ("weight", "bias"))]
+        return {key for name in parameters for key in self._plan.stored_keys(name)}
 
     def _work(self, unit: str) -> UnitWork:
         return UnitWork(self._plan, self._model, unit)
-
-    def _finish(self, unit: str, index: int, clock: _Clock, outcome: Outcome) -> None:
-        record = {"unit": unit, "seconds": clock.laps, **outcome.record}
-        self._records.append(record)
-        self._plan.session.unit_finished(unit, index, self._total, record)
 
     @property
     def _total(self) -> int:

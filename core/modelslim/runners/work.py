@@ -72,6 +72,11 @@ class UnitWork:
         """True when some algorithm wants to measure something, or to run the unit itself."""
         return self._replays or any(map(_needs, self._passes))
 
+    @property
+    def passes_source(self) -> bool:
+        """True when samples leave a unit that stays float as its source has it, whatever algorithms do to it then."""
+        return self._replays or len(self._passes) == 1
+
     def collector(self) -> PortCollector:
         """Measures what the first pass needs."""
         return self._collector(self._passes[0])
