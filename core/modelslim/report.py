@@ -45,7 +45,7 @@ def journal_header(plan: Plan) -> dict[str, Any]:
         "journal": VERSION,
         "source": _digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]),
         "protocol": _digest(plan.protocol.document.value),
-        "dataset": _digest([content(sample) for sample in plan.samples]),
+        "dataset": _digest([[content(sample) for sample in stage.samples] for stage in plan.stages]),
         "adapter": plan.adapter,
         "device": plan.device,
         "computer": describe_computer(plan.device),

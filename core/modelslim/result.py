@@ -20,11 +20,12 @@ from modelslim.errors import SaveError
 from modelslim.files import copy_companions
 from modelslim.journal import FinishedUnit, Written
 from modelslim.kv_cache import QuantizedCache
+from modelslim.overlay import Overlay
 from modelslim.plan import Plan
 from modelslim.quantized import QuantizedExperts, QuantizedLinear
 from modelslim.saver import TensorRecord
 from modelslim.types import QuantSpec, TensorSpec
-from modelslim.writer import STATE, OutputDirectory, ShardWriter, explained, sync, write_json
+from modelslim.writer import PRIOR, STATE, OutputDirectory, ShardWriter, explained, sync, write_json
 
 _ENTRY_BYTES = 112  # of a header entry, without the name
 
@@ -42,6 +43,7 @@ class ResultWriter:
         finished: what that run has written, in order of ``put``.
         path: where it lies.
         stored: its tensors by name.
+        overlay: what prior stages left for later ones.
     """
 
     def __init__(self, plan: Plan, output: OutputDirectory) -> None:
@@ -64,6 +66,7 @@ class ResultWriter:
         except BaseException:
             self._shards.abandon()
             raise
+        self.overlay = Overlay(output.path / PRIOR, output.stages, output.journal)
         self._pool = ThreadPoolExecutor(1, "writer", work_alone)
         self._pending: Future[None] | None = None
 
@@ -75,6 +78,7 @@ class ResultWriter:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._shards.abandon()
+        self.overlay.close()
 
     def _restore(self) -> dict[str, StoredTensor]:
         """Take over what is finished; its tensors by name."""
@@ -123,9 +127,11 @@ class ResultWriter:
         """
         self.wait()
         self._shards.finish()
-        if (self.path / STATE).is_dir():
-            with explained(self.path):
-                shutil.rmtree(self.path / STATE)
+        self.overlay.close()
+        for folder in (self.path / STATE, self.path / PRIOR):
+            if folder.is_dir():
+                with explained(self.path):
+                    shutil.rmtree(folder)
         plan, records = self._plan, [one.record for one in self._written]
         for name, value in plan.saver.finish(records, plan.planned).items():
             write_json(self._output.path / name, value)

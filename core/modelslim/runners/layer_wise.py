@@ -7,7 +7,7 @@ from typing import Any
 
 from modelslim.plan import Plan
 from modelslim.result import ResultWriter
-from modelslim.runners.engine import Engine
+from modelslim.runners.stages import run_stages
 
 
 class LayerWiseRunner:
@@ -17,6 +17,6 @@ class LayerWiseRunner:
         """Run the plan.
 
         Returns:
-            One record per unit, for the report.
+            One record per unit of the main stage, for the report.
         """
-        return Engine(plan, writer).run()
+        return run_stages(plan, writer)
