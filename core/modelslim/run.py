@@ -86,20 +86,22 @@ def run_plan(
         say: called with what the user should know of an interrupted run that is continued.
     """
     check_save_path(save_path, plan.checkpoint.path)
-    check_space(save_path, sum(plan.result_sizes().values()))
+    check_space(save_path, sum(plan.result_sizes().values()) + plan.kept_bytes())
     runner = plan.registry.load("runners", plan.runner)()
     output = OutputDirectory(save_path, journal_header(plan), resume=not restart)
     with _telling_of_rest(output, say), plan.checkpoint, output:
-        if output.finished:
+        if output.finished or output.stages:
             done = sum(one.report is not None for one in output.finished)
-            say(f"continuing {output.path}: {done} units are done")
+            stages = f"{len(output.stages)} of {len(plan.prior)} prior stages and " if plan.prior else ""
+            say(f"continuing {output.path}: {stages}{done} units are done")
         with ResultWriter(plan, output) as writer:
             units = runner.run(plan, writer)
+            prior = [stage.records for stage in writer.overlay.stages]
             records = writer.finish()
-        report = {**make_report(plan, save_path, units, records), "verified": False}
+        report = {**make_report(plan, save_path, units, records, prior), "verified": False}
         write_json(output.path / REPORT, report)
         if check:
-            _verify(plan, output, units)
+            _verify(plan, output, [*(unit for stage in prior for unit in stage), *units])
             report["verified"] = True
             write_json(output.path / REPORT, report)
         output.commit()

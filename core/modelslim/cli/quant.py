@@ -111,7 +111,7 @@ def command(
         report = run_plan(plan, save_path, check=check, restart=restart, say=output.note)
     unseen = idle_experts(report)
     if unseen:
-        borrowed = sum(len(unit.get("borrowed", ())) for unit in report["units"])
+        borrowed = sum(len(unit.get("borrowed", ())) for unit in all_units(report))
         what = f"; {borrowed} of their linears are calibrated by the other experts' tokens" if borrowed else ""
         output.warn(f"{len(unseen)} experts saw no calibration token, such as {unseen[0]}{what}; see report.json")
     if said := notes(report):
@@ -125,11 +125,16 @@ def command(
     output.data(report)
 
 
+def all_units(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The records of a report's units, those of prior stages first."""
+    return [*(unit for stage in report["prior"] for unit in stage["units"]), *report["units"]]
+
+
 def worst_linears(report: Mapping[str, Any], count: int = 10) -> list[tuple[str, ...]]:
     """Rows of the linears whose outputs on calibration data are farthest from the float ones."""
     found = [
         (quality["relative_error"], name, unit["linears"][name], quality)
-        for unit in report["units"]
+        for unit in all_units(report)
         for name, quality in unit.get("quality", {}).items()
     ]
     return [
@@ -147,13 +152,13 @@ def worst_linears(report: Mapping[str, Any], count: int = 10) -> list[tuple[str,
 def notes(report: Mapping[str, Any]) -> list[str]:
     """What the algorithms say about single linears, each with the name of the linear."""
     return [
-        f"{name}: {note}" for unit in report["units"] for name, said in unit.get("notes", {}).items() for note in said
+        f"{name}: {note}" for unit in all_units(report) for name, said in unit.get("notes", {}).items() for note in said
     ]
 
 
 def fallen_back(report: Mapping[str, Any]) -> str:
     """What fell back, in a few words; empty when nothing did."""
-    fallen = [(name, fate["to"]) for unit in report["units"] for name, fate in unit.get("fell_back", {}).items()]
+    fallen = [(name, fate["to"]) for unit in all_units(report) for name, fate in unit.get("fell_back", {}).items()]
     more = f" and {len(fallen) - 1} more" if len(fallen) > 1 else ""
     return f"{fallen[0][0]} to {fallen[0][1]}{more}" if fallen else ""
 
@@ -162,7 +167,7 @@ def idle_experts(report: Mapping[str, Any]) -> list[str]:
     """Names of the fused experts to which no calibration token was routed."""
     return [
         f"{layer}.{number}"
-        for unit in report["units"]
+        for unit in all_units(report)
         for layer, seen in unit.get("experts", {}).items()
         for number, tokens in enumerate(seen["tokens"])
         if not tokens
