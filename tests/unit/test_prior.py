@@ -24,12 +24,17 @@ from modelslim.plan import make_plan
 from modelslim.run import quantize
 from modelslim.runners.engine import Engine
 from modelslim.saved import load_model
+from modelslim.scales import range_to_scale
 
 SMOOTH = "{type: iter_smooth, alpha: 0.5}"
 SHIFT = "{type: iter_smooth, symmetric: false, alpha: 0.5, enable_subgraph_type: [norm-linear]}"
-MULTIPLY = "{type: flex_awq_ssz, qconfig: {act: {scope: per_token}, weight: {dtype: int8, method: ssz}}, enable_subgraph_type: [non-fusion]}"
+MULTIPLY = "{type: iter_smooth, alpha: 0.5, enable_subgraph_type: [non-fusion]}"
+FLEX = "{type: flex_smooth_quant, qconfig: {act: {scope: per_tensor}, weight: {dtype: int8}}}"
 DYNAMIC = "{type: linear_quant, qconfig: {act: {scope: per_token}, weight: {dtype: int8}}}"
 STATIC = "{type: linear_quant, qconfig: {act: {scope: per_tensor}, weight: {dtype: int8}}}"
+GPTQ = "{type: linear_quant, qconfig: {act: {scope: per_token}, weight: {dtype: int8, method: gptq}}}"
+CACHE = "{type: dynamic_cache, qconfig: {dtype: int8, scope: per_channel}}"
+FALLBACK = STATIC.removesuffix("}") + ", fallback: {metric: relative_error, above: 0.0001}}"
 SHARDED = "{type: ascendv1_saver, part_file_size: 0.00006}"
 TEXTS = ("One sentence of another kind, 17 words or so, about a harbour.", "def f(x):\n    return x + 1", "12 34 56")
 
@@ -111,7 +116,7 @@ def smoothed_by_hand(model: Path, dataset: Path, smooth: str, protocol: Protocol
 # Floats
 
 
-@pytest.mark.parametrize("smooth", [SMOOTH, "{type: flex_smooth_quant, qconfig: {act: {scope: per_tensor}, weight: {dtype: int8}}}"])
+@pytest.mark.parametrize("smooth", [SMOOTH, FLEX], ids=["iter_smooth", "flex_smooth_quant"])
 def test_a_stage_that_smooths_equals_a_run_on_the_smoothed_model(
     smooth: str, tiny_llama: Path, protocol: Protocol, calibration_file: Path, other_texts: Path, tmp_path: Path
 ) -> None:
@@ -128,3 +133,283 @@ def test_a_stage_that_smooths_equals_a_run_on_the_smoothed_model(
     assert {len(unit["linears"]) for unit in stage["units"]} == {0}
     # Both data sets were passed, each by its stage.
     assert stage["units"][0]["tokens"] != report["units"][0]["tokens"] != 0
+
+
+@pytest.fixture(scope="module")
+def tiny_olmo(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """An olmo2, whose norms lie behind the linears: what q, k and v read cannot be divided before they run."""
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    path = tmp_path_factory.mktemp("olmo")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = Olmo2Config(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            initializer_range=0.15,
+            tie_word_embeddings=False,
+            dtype="bfloat16",
+        )
+        Olmo2ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+def equal_to_one_stage(
+    model: Path, prior: str, entry: str, protocol: Protocol, data: Path, tmp_path: Path, more: str = ""
+) -> dict[str, Any]:
+    """A stage and the main one on the same data give the bytes of one stage; the report of the two."""
+    tail = f"  dataset: {data}\n{more}"
+    run(model, tmp_path / "one", protocol(text([], prior, entry, more=tail)))
+    report = run(model, tmp_path / "two", protocol(text([([prior], None)], entry, more=tail)))
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+    return report
+
+
+@pytest.mark.parametrize(
+    ("smooth", "entry"),
+    [(SMOOTH, DYNAMIC), (FLEX, only(DYNAMIC, "*self_attn*"))],
+    ids=["smooth", "some stay float"],
+)
+def test_on_the_same_data_two_stages_are_one(
+    smooth: str, entry: str, tiny_llama: Path, protocol: Protocol, calibration_file: Path, tmp_path: Path
+) -> None:
+    equal_to_one_stage(tiny_llama, smooth, entry, protocol, calibration_file, tmp_path)
+
+
+def test_biases_that_a_stage_adds_are_part_of_the_model_from_then_on(
+    tiny_llama: Path, protocol: Protocol, calibration_file: Path, tmp_path: Path
+) -> None:
+    tail = f"  dataset: {calibration_file}\n"
+    run(tiny_llama, tmp_path / "one", protocol(text([], SHIFT, STATIC, more=tail)))
+    run(tiny_llama, tmp_path / "two", protocol(text([([SHIFT], None)], STATIC, more=tail)))
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert {name for name in two if name.endswith("norm.bias")} and two["model.layers.0.input_layernorm.bias"].any()
+    for name, tensor in two.items():
+        if name.endswith(("input_scale", "deq_scale")):  # rescaled in one stage, measured in two
+            torch.testing.assert_close(tensor, one[name], rtol=0.02, atol=0, msg=name)
+        elif not name.endswith(("input_offset", "quant_bias")):
+            assert torch.equal(tensor, one[name]), name
+
+
+@pytest.mark.parametrize("entry", [DYNAMIC, STATIC, FALLBACK], ids=["data-free", "calibrated", "back to float"])
+def test_inputs_that_are_multiplied_stay_so_until_the_linear_has_its_form(
+    entry: str, tiny_olmo: Path, protocol: Protocol, calibration_file: Path, tmp_path: Path
+) -> None:
+    tail = f"  dataset: {calibration_file}\n"
+    run(tiny_olmo, tmp_path / "one", protocol(text([], MULTIPLY, entry, more=tail)))
+    report = run(tiny_olmo, tmp_path / "two", protocol(text([([MULTIPLY], None)], entry, more=tail)))
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert one.keys() == two.keys()
+    multipliers = {name: tensor for name, tensor in two.items() if name.endswith(".div.mul_scale")}
+    if entry == FALLBACK:
+        assert {fate["to"] for unit in report["units"] for fate in unit["fell_back"].values()} == {"FLOAT"}
+        assert not multipliers
+    else:
+        assert multipliers and all(torch.equal(one[name], tensor) for name, tensor in multipliers.items())
+    if entry == STATIC:  # what was rescaled in one stage is measured in two, behind the rounding of the inputs
+        shared = [two[f"model.layers.0.self_attn.{name}_proj.linear.input_scale"] for name in "qkv"]
+        assert all(torch.equal(shared[0], other) for other in shared)
+        for name in one:
+            if name.endswith(("input_scale", "deq_scale")):
+                torch.testing.assert_close(two[name], one[name], rtol=0.02, atol=0, msg=name)
+            elif not name.endswith(("input_offset", "quant_bias")):
+                assert torch.equal(two[name], one[name]), name
+    else:
+        assert differing(tmp_path / "one", tmp_path / "two") == []
+
+
+def check_parts(
+    model: Path, first: tuple[str, ...], rest: str, is_first: str, protocol: Protocol, data: Path, tmp_path: Path
+) -> dict[str, Any]:
+    """What each stage quantizes is, to the bit, what a run with nothing else makes of it; the report of the whole."""
+    report = run(model, tmp_path / "out", protocol(text([(first, data)], rest)))
+    run(model, tmp_path / "first", protocol(text([], *first, more=f"  dataset: {data}\n")))
+    run(model, tmp_path / "rest", protocol(text([], rest)))
+    out, ours, others = (tensors(tmp_path / name) for name in ("out", "first", "rest"))
+    kept = {name for name in out if is_first in name and "layernorm" not in name}
+    assert kept and all(torch.equal(tensor, (ours if name in kept else others)[name]) for name, tensor in out.items())
+    return report
+
+
+def test_fused_experts_may_stand_in_a_stage(
+    tiny_moe: Path, protocol: Protocol, other_texts: Path, tmp_path: Path
+) -> None:
+    entries = (only(STATIC, "*experts*"),)
+    rest = only(DYNAMIC, "*self_attn*")
+    report = check_parts(tiny_moe, entries, rest, "experts", protocol, other_texts, tmp_path)
+    assert report["schemes"] == {"W8A8": 24, "W8A8_DYNAMIC": 8}
+
+
+def test_key_value_caches_may_stand_in_a_stage(
+    tiny_llama: Path, protocol: Protocol, other_texts: Path, tmp_path: Path
+) -> None:
+    report = check_parts(tiny_llama, (CACHE,), only(DYNAMIC, "*mlp*"), "kv_cache", protocol, other_texts, tmp_path)
+    assert [len(unit["caches"]) for unit in report["prior"][0]["units"]] == [2, 2, 2]
+
+
+# Quantized linears
+
+
+def test_later_stages_calibrate_behind_what_a_stage_has_quantized(
+    tiny_llama: Path, protocol: Protocol, calibration_file: Path, other_texts: Path, tmp_path: Path
+) -> None:
+    attention, mlp = only(STATIC, "*self_attn*"), only(STATIC, "*mlp*")
+    tail = f"  dataset: {calibration_file}\n"
+    report = run(tiny_llama, tmp_path / "out", protocol(text([([attention], other_texts)], mlp, more=tail)))
+    run(tiny_llama, tmp_path / "first", protocol(text([], attention, more=f"  dataset: {other_texts}\n")))
+    out, first = tensors(tmp_path / "out"), tensors(tmp_path / "first")
+    assert all(torch.equal(tensor, first[name]) for name, tensor in out.items() if "mlp" not in name)
+    assert report["schemes"] == {"W8A8": 21}
+    # The inputs of the mlp, as the model computes them whose attention is quantized.
+    model = load_model(tmp_path / "first", tiny_llama, device="cpu")
+    ranges: dict[str, list[float]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def see(_module: Any, args: tuple[Tensor, ...]) -> None:
+            low, high = ranges.setdefault(name, [0.0, 0.0])
+            ranges[name] = [min(low, float(args[0].min())), max(high, float(args[0].max()))]
+
+        return see
+
+    names = [f"model.layers.{layer}.mlp.{part}" for layer in range(3) for part in ("gate_proj", "up_proj", "down_proj")]
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(watch(name))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    for line in calibration_file.read_text(encoding="utf-8").splitlines():
+        model(input_ids=tokenizer(json.loads(line)["text"], return_tensors="pt").input_ids)
+    run(tiny_llama, tmp_path / "plain", protocol(text([], mlp, more=tail)))
+    plain = tensors(tmp_path / "plain")
+    specs = make_plan(tiny_llama, protocol(text([], mlp, more=tail)), device="cpu").specs
+    for name in names:
+        low, high = ranges[name]
+        expected, _ = range_to_scale(torch.tensor(low), torch.tensor(high), specs[name].activation)
+        assert float(out[f"{name}.input_scale"]) == float(expected)
+    assert any(not torch.equal(out[f"{name}.input_scale"], plain[f"{name}.input_scale"]) for name in names)
+
+
+def test_a_linear_outside_the_units_may_stand_in_a_stage(
+    tiny_llama: Path, protocol: Protocol, calibration_file: Path, other_texts: Path, tmp_path: Path
+) -> None:
+    head = only(STATIC, "lm_head")
+    tail = f"  dataset: {calibration_file}\n"
+    report = run(tiny_llama, tmp_path / "out", protocol(text([([head], other_texts)], STATIC, more=tail)))
+    run(tiny_llama, tmp_path / "first", protocol(text([], head, more=f"  dataset: {other_texts}\n")))
+    run(tiny_llama, tmp_path / "second", protocol(text([], STATIC, more=tail)))
+    out, first, second = (tensors(tmp_path / name) for name in ("out", "first", "second"))
+    for name, tensor in out.items():
+        assert torch.equal(tensor, (first if name.startswith("lm_head") else second)[name]), name
+    assert [unit["unit"] for unit in report["prior"][0]["units"]][-1] == ""
+
+
+# Interruptions
+
+
+class Snapshots:
+    """Copies what lies on the disk after each unit of a prior stage and each few tensors of the main one.
+
+    So a process killed there leaves it: at these moments no other thread writes.
+    """
+
+    def __init__(self, partial: Path, folder: Path, before: int) -> None:
+        self._partial = partial
+        self._before = before
+        self._folder = folder
+        self._tensors = 0
+        self.taken: list[Path] = []
+        self.seen: list[tuple[str, int, int]] = []
+
+    def _take(self) -> None:
+        target = self._folder / f"snapshot{len(self.taken)}"
+        shutil.copytree(self._partial, target)
+        self.taken.append(target)
+
+    @hookimpl
+    def unit_started(self, name: str, index: int, total: int) -> None:
+        self.seen.append((name, index, total))
+        if index <= self._before:
+            self._take()
+
+    @hookimpl
+    def tensor_written(self) -> None:
+        self._tensors += 1
+        if not self._tensors % 12:
+            self._take()
+
+
+@pytest.mark.parametrize(
+    ("stages", "entry", "more"),
+    [
+        ([SHIFT], STATIC, ""),
+        ([SMOOTH, only(GPTQ, "*self_attn*")], only(GPTQ, "*mlp*"), ""),
+        ([only(GPTQ, "*mlp*", "lm_head")], only(STATIC, "*self_attn*"), "  propagation: quantized\n"),
+    ],
+    ids=["added biases", "two stages", "quantized twice"],
+)
+def test_a_run_continues_to_the_same_bytes_wherever_it_was_killed(
+    stages: list[str],
+    entry: str,
+    more: str,
+    tiny_llama: Path,
+    protocol: Protocol,
+    calibration_file: Path,
+    other_texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = protocol(
+        text([([stage], other_texts) for stage in stages], entry, more=f"  dataset: {calibration_file}\n{more}")
+    )
+    snapshots = Snapshots(tmp_path / "whole.partial", tmp_path, 3 * len(stages))
+    expected_report = run(tiny_llama, tmp_path / "whole", config, snapshots)
+    expected = digests(tmp_path / "whole")
+    ran: list[int | None] = []
+    engine = Engine.run
+
+    def watched(self: Engine) -> Any:
+        ran.append(self._plan.stage)
+        return engine(self)
+
+    monkeypatch.setattr(Engine, "run", watched)
+    every = [*range(len(stages)), None]
+    orders = []
+    for snapshot in snapshots.taken:
+        ran.clear()
+        snapshot.rename(tmp_path / "out.partial")
+        again = run(tiny_llama, tmp_path / "out", config)
+        assert digests(tmp_path / "out") == expected, snapshot.name
+        assert without_measurements(again) == without_measurements(expected_report)
+        assert ran == every[len(every) - len(ran) :]
+        orders.append(len(ran))
+        shutil.rmtree(tmp_path / "out")
+    assert sorted(set(orders)) == [*range(1, len(every) + 1)] and orders == sorted(orders, reverse=True)
+    total = snapshots.seen[-1][2]
+    assert [index for _, index, _ in snapshots.seen] == list(range(total))
+
+
+def without_measurements(report: dict[str, Any]) -> Any:
+    report = json.loads(json.dumps(report))
+    del report["save_path"], report["peak_memory_bytes"]
+    for unit in (*report["units"], *(unit for stage in report["prior"] for unit in stage["units"])):
+        del unit["seconds"]
+    return report
+
+
+def test_other_data_of_a_stage_are_another_run(
+    tiny_llama: Path, protocol: Protocol, calibration_file: Path, other_texts: Path, tmp_path: Path
+) -> None:
+    config = protocol(text([([SMOOTH], other_texts)], DYNAMIC, more=f"  dataset: {calibration_file}\n"))
+    snapshots = Snapshots(tmp_path / "whole.partial", tmp_path, 3)
+    run(tiny_llama, tmp_path / "whole", config, snapshots)
+    snapshots.taken[4].rename(tmp_path / "out.partial")
+    other_texts.write_text('{"text": "Something else."}\n', encoding="utf-8")
+    with pytest.raises(UsageError, match="was not the same") as error:
+        run(tiny_llama, tmp_path / "out", config)
+    assert [str(one) for one in error.value.diagnostics] == ["the calibration data have changed"]
