@@ -14,17 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modelslim.api import hookimpl
 from modelslim.cli.main import main
-from modelslim.errors import ProtocolError, UsageError
+from modelslim.context import Context
+from modelslim.errors import PluginError, ProtocolError, UsageError
 from modelslim.plan import make_plan
-from modelslim.run import quantize
+from modelslim.run import quantize, run_plan
 from modelslim.runners.engine import Engine
 from modelslim.saved import load_model
 from modelslim.scales import range_to_scale
+from modelslim.session import Session
 
 SMOOTH = "{type: iter_smooth, alpha: 0.5}"
 SHIFT = "{type: iter_smooth, symmetric: false, alpha: 0.5, enable_subgraph_type: [norm-linear]}"
@@ -413,3 +416,317 @@ def test_other_data_of_a_stage_are_another_run(
     with pytest.raises(UsageError, match="was not the same") as error:
         run(tiny_llama, tmp_path / "out", config)
     assert [str(one) for one in error.value.diagnostics] == ["the calibration data have changed"]
+
+
+# What is handed over
+
+ALGORITHMS = '''
+import torch
+from PIL import Image, ImageDraw
+
+from modelslim.api import Algorithm, ChannelRange
+
+
+def norm(unit):
+    return unit.modules[f"{unit.name}.input_layernorm"]
+
+
+class Measure(Algorithm):
+    """Hands over the largest magnitude of every channel that q_proj reads."""
+
+    hands_over = frozenset({"acme"})
+
+    @classmethod
+    def from_config(cls, config):
+        return cls()
+
+    def needs(self, unit):
+        return {name: frozenset({ChannelRange}) for name in unit.linears if name.endswith("q_proj")}
+
+    def apply(self, unit, statistics):
+        acme = unit.context["acme"]
+        for name in self.needs(unit):
+            found = statistics.get(name, ChannelRange)
+            acme[unit.name] = torch.maximum(found.maximum, -found.minimum)
+            acme["units"] = [*acme.get("units", []), unit.name]
+        return {}
+
+
+class Use(Algorithm):
+    """Writes what was handed over where it can be seen."""
+
+    takes_over = frozenset({"acme"})
+
+    @classmethod
+    def from_config(cls, config):
+        return cls()
+
+    def edits(self, unit):
+        return frozenset({f"{unit.name}.input_layernorm.weight"} if unit.name else ())
+
+    def apply(self, unit, statistics):
+        if unit.name:
+            acme = unit.context["acme"]
+            assert acme["units"] == [f"model.layers.{layer}" for layer in range(3)]
+            norm(unit).weight.copy_(acme[unit.name])
+        return {}
+
+
+class Write(Use):
+    """Changes what it may only read."""
+
+    def apply(self, unit, statistics):
+        unit.context["acme"]["units"] = []
+'''
+
+
+@pytest.fixture
+def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The algorithms above, installed."""
+    site = tmp_path / "site"
+    info, package = site / "acme_stages-1.dist-info", site / "acme_stages"
+    info.mkdir(parents=True)
+    package.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-stages\nVersion: 1\n")
+    (package / "__init__.py").write_text(ALGORITHMS)
+    lines = ["[modelslim.algorithms]"]
+    for name in ("measure", "use", "write"):
+        lines.append(f"acme_{name} = acme_stages:{name.title()}")
+        schema = {
+            "type": "object",
+            "required": ["type"],
+            "additionalProperties": False,
+            "properties": {"type": {"const": f"acme_{name}", "description": "Its name."}},
+        }
+        (package / f"acme_{name}.schema.json").write_text(json.dumps(schema))
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(site)
+    yield import_module("acme_stages")
+    del sys.modules["acme_stages"]
+
+
+def largest_inputs(model: Path, texts: Iterable[str]) -> dict[str, Tensor]:
+    """The largest magnitude of each channel that the q_proj of each layer reads, in transformers itself."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def see(_module: Any, args: tuple[Tensor, ...]) -> None:
+            seen = args[0].abs().amax((0, 1))
+            found[name] = torch.maximum(found.get(name, seen), seen)
+
+        return see
+
+    for number, layer in enumerate(whole.model.layers):
+        layer.self_attn.q_proj.register_forward_pre_hook(watch(f"model.layers.{number}"))
+    with torch.no_grad():
+        for line in texts:
+            whole(input_ids=tokenizer(line, return_tensors="pt").input_ids)
+    return found
+
+
+def test_a_stage_hands_over_to_the_next_also_after_an_interruption(
+    tiny_llama: Path, protocol: Protocol, other_texts: Path, tmp_path: Path, acme: Any
+) -> None:
+    config = protocol(text([(["{type: acme_measure}"], other_texts)], "{type: acme_use}", DYNAMIC))
+    snapshots = Snapshots(tmp_path / "out.partial", tmp_path, 3)
+    run(tiny_llama, tmp_path / "out", config, snapshots)
+    out = tensors(tmp_path / "out")
+    for name, expected in largest_inputs(tiny_llama, TEXTS).items():
+        assert torch.equal(out[f"{name}.input_layernorm.weight"], expected), name
+    for number in (2, 3, len(snapshots.taken) - 1):
+        snapshots.taken[number].rename(tmp_path / f"again{number}.partial")
+        run(tiny_llama, tmp_path / f"again{number}", config)
+        assert digests(tmp_path / f"again{number}") == digests(tmp_path / "out"), number
+
+
+def test_what_was_handed_over_can_only_be_read(
+    tiny_llama: Path, protocol: Protocol, other_texts: Path, tmp_path: Path, acme: Any
+) -> None:
+    config = protocol(text([(["{type: acme_measure}"], other_texts)], "{type: acme_write}", DYNAMIC))
+    with pytest.raises(PluginError, match="context 'acme' can only be read here"):
+        run(tiny_llama, tmp_path / "out", config)
+
+
+def test_what_nobody_hands_over_and_what_nobody_could_read_is_refused(
+    tiny_llama: Path, protocol: Protocol, calibration_file: Path, acme: Any
+) -> None:
+    stages = [(["{type: acme_use}"], None)]
+    file = protocol(text(stages, "{type: acme_measure}", DYNAMIC, more=f"  dataset: {calibration_file}\n"))
+    assert [(problem.path, problem.message) for problem in refused(tiny_llama, file)] == [
+        ("spec.prior[0].process[0]", "needs 'acme' of the context, which no earlier stage hands over"),
+        ("spec.process[0]", "hands over 'acme' to later stages, and there is none behind the main one"),
+    ]
+
+
+def test_a_context_comes_back_from_the_disk_as_it_was(tmp_path: Path) -> None:
+    context = Context()
+    tensor = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
+    space = context.view({"one"}, ())["one"]
+    space["tensor"] = tensor.t()
+    space["plain"] = {"a": [1, 2.5, None, True, "x", (tensor[0], {})], "tensor": "a word", "inf": float("inf")}
+    tensor.zero_()
+    space["gone"] = 1
+    del space["gone"]
+    context.save(tmp_path / "context")
+    for held in (context, Context.load(tmp_path / "context")):
+        seen = held.view((), {"one"})["one"]
+        assert list(seen) == ["tensor", "plain"] and len(seen) == 2
+        assert torch.equal(seen["tensor"], torch.tensor([[0, 3], [1, 4], [2, 5]], dtype=torch.bfloat16))
+        plain = seen["plain"]
+        row = plain["a"][5].pop(0)
+        assert torch.equal(row, torch.tensor([0, 1, 2], dtype=torch.bfloat16))
+        assert plain == {"a": [1, 2.5, None, True, "x", [{}]], "tensor": "a word", "inf": float("inf")}
+        assert len(seen["plain"]["a"][5]) == 2
+        with pytest.raises(PluginError, match="only be read"):
+            seen["tensor"] = 1
+        with pytest.raises(PluginError, match="only be read"):
+            del seen["tensor"]
+    for value in ({1, 2}, {1: 2}, [object()], b"bytes"):
+        with pytest.raises(PluginError, match="context 'one', 'bad': .* cannot be handed over"):
+            space["bad"] = value
+    with pytest.raises(PluginError, match="is no string"):
+        space[1] = 2  # type: ignore[index]
+
+
+# The plan
+
+
+def refused(model: Path, file: Path) -> list[Any]:
+    with pytest.raises(ProtocolError) as caught:
+        make_plan(model, file, device="cpu")
+    return list(caught.value.diagnostics)
+
+
+def test_mistakes_in_stages_are_told_with_their_places(
+    tiny_llama: Path, protocol: Protocol, calibration_file: Path
+) -> None:
+    stages = [
+        ([DYNAMIC], "nowhere.jsonl"),
+        ([only(STATIC, "*mpl*"), only(STATIC, "*self_attn*"), SMOOTH], "there.jsonl"),
+    ]
+    file = protocol(text(stages, only(STATIC, "*mlp*"), more=f"  dataset: {calibration_file}\n"))
+    found = [(problem.path, problem.line, problem.message) for problem in refused(tiny_llama, file)]
+    changed = "changes model.layers.0.input_layernorm.weight"
+    places = [(path, line) for path, line, _ in found]
+    assert places == [
+        ("spec.prior[0].dataset", 5),
+        ("spec.prior[1].process[0].include[0]", 6),
+        ("spec.prior[1].process[1]", 6),
+        ("spec.prior[1].process[2]", 6),
+        ("spec.prior[1].dataset", 7),
+        ("spec.process[0]", 9),
+    ]
+    words = [message for _, _, message in found]
+    assert "'nowhere.jsonl': no such file" in words[0] and "'there.jsonl': no such file" in words[4]
+    assert "matches no linear" in words[1]
+    assert "which spec.prior[0].process[0] quantizes already" in words[2]
+    assert changed not in words[3] and "which spec.prior[0].process[0] has quantized by then" in words[3]
+    assert "which spec.prior[0].process[0] quantizes already" in words[5]
+
+
+def test_plan_shows_the_stages(
+    tiny_llama: Path,
+    protocol: Protocol,
+    calibration_file: Path,
+    other_texts: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stages = [([SMOOTH], other_texts), ([only(GPTQ, "*self_attn*")], None), ([only(DYNAMIC, "*down_proj")], None)]
+    rest = only(STATIC, "*gate_proj", "*up_proj")
+    file = protocol(text(stages, rest, more=f"  dataset: {calibration_file}\n"))
+    options = ["plan", "--model_path", str(tiny_llama), "--config_path", str(file), "--device", "cpu"]
+    assert main([*options, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [(one["entry"], one["samples"], one["forward_passes"]) for one in data["prior"]] == [
+        ("spec.prior[0], line 4", 3, 1),
+        ("spec.prior[1], line 6", 6, 2),
+        ("spec.prior[2], line 7", 0, 0),
+    ]
+    assert [one["dataset"] and Path(one["dataset"]).name for one in data["prior"]] == [
+        "other.jsonl",
+        "calibration.jsonl",
+        None,
+    ]
+    assert data["prior"][0]["algorithms"] == ["spec.prior[0].process[0], line 4"]
+    why = {row["pattern"].rpartition(".")[2]: row["why"] for row in data["weights"] if row["scheme"] != "FLOAT"}
+    assert why["q_proj"] == "spec.prior[1].process[0], line 6"
+    assert why["gate_proj"] == "spec.process[0], line 9"
+    assert main(options) == 0
+    shown = capsys.readouterr().out
+    assert "one pass over 3 samples of other.jsonl" in shown and "2 passes over 6 samples of calibration.jsonl" in shown
+
+
+def test_stages_work_on_one_instance_of_the_model(
+    tiny_llama: Path,
+    protocol: Protocol,
+    calibration_file: Path,
+    other_texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[str] = []
+    init = Session.init_model
+
+    def watched(self: Session, device: str) -> Any:
+        made.append(device)
+        return init(self, device)
+
+    file = protocol(text([([SMOOTH], other_texts)], STATIC, more=f"  dataset: {calibration_file}\n"))
+    plan = make_plan(tiny_llama, file, device="cpu")
+    monkeypatch.setattr(Session, "init_model", watched)
+    run_plan(plan, tmp_path / "out")
+    assert made == ["cpu"]
+
+
+# Images
+
+VISION = Path(__file__).parents[1] / "models" / "qwen3-vl-moe-tiny"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    """Two sets of images."""
+    folders = []
+    for number, colours in enumerate((["red", "green"], ["blue", "white", "black"])):
+        folder = tmp_path / f"images{number}"
+        folder.mkdir()
+        for width, colour in enumerate(colours, start=2):
+            image = Image.new("RGB", (32 * width, 64), colour)
+            ImageDraw.Draw(image).ellipse((4, 8, 40, 50), fill="yellow", outline="purple")
+            image.save(folder / f"{colour}.png")
+        folders.append(folder)
+    return folders
+
+
+def test_stages_of_a_multimodal_model_see_images_of_their_own(
+    protocol: Protocol, images: list[Path], tmp_path: Path
+) -> None:
+    tower, language = only(STATIC, "*visual*"), only(STATIC, "*language_model*self_attn*")
+    smooth = only(SMOOTH, "*language_model*")
+    tail = f"  dataset: {images[1]}\n  default_text: What is this?\n"
+
+    def config(prior: Iterable[tuple[Iterable[str], Path]], *entries: str, more: str = tail) -> Path:
+        return protocol(text(prior, *entries, more=more).replace("modelslim_v1", "multimodal_vlm_modelslim_v1"))
+
+    stages = config([([smooth], images[0]), ([tower], images[0])], language)
+    snapshots = Snapshots(tmp_path / "out.partial", tmp_path, 0)
+    report = run(VISION, tmp_path / "out", stages, snapshots)
+    first = tail.replace(str(images[1]), str(images[0]))
+    run(VISION, tmp_path / "tower", config([], smooth, tower, more=first))
+    run(VISION, tmp_path / "smoothed", config([([smooth], images[0])], language))
+    out, alone, smoothed = (tensors(tmp_path / name) for name in ("out", "tower", "smoothed"))
+    kept = {name for name in out if "visual" in name}
+    assert kept and all(torch.equal(out[name], alone[name]) for name in kept)
+    scales = {name for name in out if name.endswith("input_scale")} - kept
+    assert scales and any(not torch.equal(out[name], smoothed[name]) for name in scales)
+    assert all(torch.equal(out[name], smoothed[name]) for name in out.keys() - kept if name.endswith("weight"))
+    assert [stage["samples"] for stage in report["prior"]] == [2, 2] and report["samples"] == 3
+    assert report["prior"][0]["units"][0]["tokens"] != report["units"][0]["tokens"]
+    # What was interrupted in the main stage goes on behind both.
+    snapshots.taken[-2].rename(tmp_path / "again.partial")
+    run(VISION, tmp_path / "again", stages)
+    assert digests(tmp_path / "again") == digests(tmp_path / "out")
