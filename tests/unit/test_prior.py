@@ -586,7 +586,7 @@ def test_a_context_comes_back_from_the_disk_as_it_was(tmp_path: Path) -> None:
         with pytest.raises(PluginError, match="only be read"):
             del seen["tensor"]
     for value in ({1, 2}, {1: 2}, [object()], b"bytes"):
-        with pytest.raises(PluginError, match="context 'one', 'bad': .* cannot be handed over"):
+        with pytest.raises(PluginError, match=r"context 'one', 'bad': .* cannot be handed over"):
             space["bad"] = value
     with pytest.raises(PluginError, match="is no string"):
         space[1] = 2  # type: ignore[index]

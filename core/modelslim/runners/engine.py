@@ -196,9 +196,7 @@ class Engine:
         clock.lap("quantize")
         self._write(OUTSIDE, len(self._units), clock, outcome, self._left(OUTSIDE), [])
 
-    def _write(
-        self, unit: str, index: int, clock: _Clock, outcome: Outcome, left: Left, stored: Sequence[str]
-    ) -> None:
+    def _write(self, unit: str, index: int, clock: _Clock, outcome: Outcome, left: Left, stored: Sequence[str]) -> None:
         """Hand on what was quantized and edited, also by earlier stages, and what of the unit is left to copy."""
         if self._stage is not None:
             edits = edited_parameters(self._model, outcome.edited)
