@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from modelslim.checkpoint import DTYPE_NAMES, Checkpoint, byte_view, read_header
 from modelslim.context import Context
 from modelslim.edits import add_bias
-from modelslim.errors import QuantizationError
+from modelslim.errors import QuantizationError, RankError
 from modelslim.journal import FinishedStage, StageUnit
 from modelslim.kv_cache import QuantizedCache
 from modelslim.multipliers import drop_input_multiplier, share_multiplier
@@ -53,7 +53,7 @@ class Overlay:
     Args:
         path: the folder for their files.
         stages: those that an earlier run has finished.
-        journal: notes one more that is done.
+        journal: notes one more that is done; None at a rank that writes nothing.
 
     Attributes:
         stages: those that are done, in order.
@@ -61,7 +61,10 @@ class Overlay:
     """
 
     def __init__(
-        self, path: Path, stages: Sequence[FinishedStage], journal: Callable[[Mapping[str, Any]], None]
+        self,
+        path: Path,
+        stages: Sequence[FinishedStage] = (),
+        journal: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         self._path = path
         self._journal = journal
@@ -69,9 +72,9 @@ class Overlay:
         self._files: list[Checkpoint] = []
         self._edited: dict[str, int] = {}
         self.stages: list[FinishedStage] = []
-        self.context = Context.load(self._folder(len(stages) - 1) / _CONTEXT) if stages else Context()
+        self.context = Context()
         for stage in stages:
-            self._take(stage)
+            self.take(stage)
 
     def close(self) -> None:
         """Close the files."""
@@ -100,8 +103,9 @@ class Overlay:
             for place in (*folder.iterdir(), folder, folder.parent):
                 sync(place)
         stage = FinishedStage(len(self.stages), writer.units, records)
+        assert self._journal is not None
         self._journal(stage.as_data())
-        self._take(stage)
+        self.take(stage)
 
     def __contains__(self, parameter: str) -> bool:
         """True for a parameter that a stage has changed or added."""
@@ -174,8 +178,19 @@ class Overlay:
         for tensor, linears in groups.items():
             yield linears, self._files[number].read(tensor)
 
-    def _take(self, stage: FinishedStage) -> None:
+    def take(self, stage: FinishedStage) -> None:
+        """Let later stages see what a stage has changed.
+
+        Raises:
+            RankError: its files are not there.
+        """
         folder = self._folder(stage.stage)
+        if not folder.is_dir():
+            raise RankError(
+                f"{folder}: this rank does not see what a prior stage has written",
+                hint="give all hosts a --save_path on a file system that they share, or leave prior out",
+            )
+        self.context = Context.load(folder / _CONTEXT)
         tensors = {
             name: stored for file in sorted(folder.glob("*.safetensors")) for name, stored in read_header(file).items()
         }

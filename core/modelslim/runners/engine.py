@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modelslim.activations import Boundary
 from modelslim.devices import synchronize, work_alone
@@ -22,10 +22,13 @@ from modelslim.overlay import Left, StageWriter
 from modelslim.plan import Plan
 from modelslim.ports import PortCollector
 from modelslim.quantized import QuantizedLinear
-from modelslim.result import ResultWriter
+from modelslim.ranks import ALONE, Ranks, merge_order
+from modelslim.result import RunOutput
 from modelslim.runners.finished import FinishedUnits
 from modelslim.runners.standing import in_place
+from modelslim.runners.stream import Stream
 from modelslim.runners.work import Outcome, UnitWork
+from modelslim.sampling import tokens_of
 from modelslim.statistics import UnitStatistics
 
 OUTSIDE = ""
@@ -41,12 +44,16 @@ class Held:
         loader: fills it.
         started: how many units the stages before have worked on, for observers.
         total: how many units all stages work on.
+        ranks: who shares the work; all run their engines on the same plan.
+        whole: hold all units from the start of a stage, instead of one after the other.
     """
 
     model: nn.Module
     loader: Loader
     started: int = 0
     total: int = 0
+    ranks: Ranks = ALONE
+    whole: bool = False
 
 
 class Engine:
@@ -56,11 +63,13 @@ class Engine:
         plan: the plan of the stage.
         writer: takes the result.
         held: what the stages share.
-        stage: takes what a prior stage changes; None for the main one.
+        stage: takes what a prior stage changes, at the rank that writes; None for the main one.
     """
 
-    def __init__(self, plan: Plan, writer: ResultWriter, held: Held, stage: StageWriter | None = None) -> None:
+    def __init__(self, plan: Plan, writer: RunOutput, held: Held, stage: StageWriter | None = None) -> None:
         self._plan = plan
+        self._ranks = held.ranks
+        self._whole = held.whole
         self._writer = writer
         self._held = held
         self._stage = stage
@@ -70,8 +79,8 @@ class Engine:
         self._loader = held.loader
         self._last_pass = self._find_last_pass()
         self._done = len(writer.finished)
-        self._finished = FinishedUnits(plan, writer, self._model)
-        self._reference: Boundary | None = None
+        self._finished = FinishedUnits(plan, writer, self._model, held.ranks)
+        self._reference: Stream | None = None
         self._records: list[dict[str, Any]] = []
         self._written: set[str] = set()
 
@@ -85,57 +94,74 @@ class Engine:
         outside = self._work(OUTSIDE).collector()
         with torch.no_grad(), ThreadPoolExecutor(1, "reader", work_alone) as reader, outside, ExitStack() as stack:
             # The embeddings come and go before the first unit comes, so that they do not add up.
-            boundary = self._start(outside, stack) if self._done <= self._last_pass else None
-            around = self._applied(OUTSIDE, Left() if boundary is None else self._left(OUTSIDE))
-            stack.enter_context(around)
-            first = 0 if boundary is not None else min(self._done, len(self._units))
+            if self._done <= self._last_pass:
+                stack.enter_context(self._applied(OUTSIDE, self._left(OUTSIDE)))
+            stream = self._start(outside, stack) if self._done <= self._last_pass else None
+            first = 0 if stream is not None else min(self._done, len(self._units))
             for index in range(first):
                 self._skip(index)
-            ahead = reader.submit(self._loader.read, self._names(first)) if first < len(self._units) else None
+            if self._whole:
+                for index in range(first, len(self._units)):
+                    self._loader.install(self._loader.read(self._names(index)))
+            ahead = reader.submit(self._read, first) if first < len(self._units) else None
             for index, unit in enumerate(self._units[first:], start=first):
                 assert ahead is not None
                 clock = _Clock(self._plan.device)
-                self._unit_started(unit, index)
+                self._plan.session.unit_started(unit, self._held.started + index, self._held.total)
                 self._loader.install(ahead.result())
                 if index + 1 < len(self._units):
-                    ahead = reader.submit(self._loader.read, self._names(index + 1))
+                    ahead = reader.submit(self._read, index + 1)
                 left = self._left(unit)
                 clock.lap("read")
                 with self._applied(unit, left):
-                    if boundary is not None and index < self._done:
-                        self._pass_again(index, boundary, outside)
+                    if stream is not None and index < self._done:
+                        self._pass_again(index, stream)
                     else:
-                        self._unit(index, boundary, outside, clock, left)
+                        self._unit(index, stream, clock, left)
             if self._plan.works_outside:
                 if len(self._units) < self._done:
                     self._skip(len(self._units))
                 else:
                     self._outside(outside.statistics())
             copies = [key for key in self._plan.checkpoint.tensors if key not in self._written]
-            if self._stage is None and self._done <= self._total:
+            if self._plan.stage is None and self._done <= self._total:
                 self._writer.put(OUTSIDE, {}, {}, {}, copies)
         return self._records
 
-    def _start(self, outside: PortCollector, stack: ExitStack) -> Boundary:
+    def _read(self, index: int) -> dict[str, Tensor]:
+        """What a unit holds, unless it is there already."""
+        return {} if self._whole else self._loader.read(self._names(index))
+
+    def _start(self, outside: PortCollector, stack: ExitStack) -> Stream:
         """Let every sample run to its first unit; twice when float outputs are wanted behind quantized units."""
         plan = self._plan
         self._loader.fill_on_demand(self._units)
         if plan.session.has("enable_kv_cache"):
             plan.session.enable_kv_cache(self._model, False)
         inputs = plan.session.handle_dataset(plan.samples, plan.device)
-        boundary = stack.enter_context(closing(Boundary(plan.session, self._model, inputs, self._units)))
-        outside.next_sample()
+        rounds = merge_order([tokens_of(one) for one in inputs], self._ranks.size)[self._ranks.rank]
+        numbers = [number for group in rounds for number in group]
+        place = {number: index for index, number in enumerate(numbers)}
+        own = [inputs[number] for number in numbers]
+        places = [[place[number] for number in group] for group in rounds]
+
+        def stream(around: Callable[[], AbstractContextManager[None]], measured: PortCollector | None) -> Stream:
+            boundary = stack.enter_context(closing(Boundary(plan.session, self._model, own, self._units, around)))
+            made = Stream(boundary, numbers, places, self._ranks, measured)
+            made.start()
+            return made
+
+        main = stream(nullcontext, outside)
         if plan.propagates_quantized and plan.replays:
-            reference = Boundary(plan.session, self._model, inputs, self._units, outside.paused)
-            self._reference = stack.enter_context(closing(reference))
+            self._reference = stream(outside.paused, None)
         # Every sample has passed the embeddings, which weigh as much as several units.
         self._loader.release_filled()
-        return boundary
+        return main
 
     def _skip(self, index: int) -> None:
         """Take over what an earlier run has done for a unit, which no sample must pass."""
         name = self._units[index] if index < len(self._units) else "outside the units"
-        self._unit_started(name, index)
+        self._plan.session.unit_started(name, self._held.started + index, self._held.total)
         self._take_over(index)
 
     def _take_over(self, index: int) -> None:
@@ -144,38 +170,38 @@ class Engine:
         stored = self._stored(done.unit) if done.unit else []
         self._written.update(stored, self._replaced(done.modules, done.edited))
         self._records.append(dict(done.report))
-        self._unit_finished(done.unit, index, done.report)
+        self._plan.session.unit_finished(done.unit, self._held.started + index, self._held.total, done.report)
 
-    def _pass_again(self, index: int, boundary: Boundary, outside: PortCollector) -> None:
+    def _pass_again(self, index: int, stream: Stream) -> None:
         """Let the samples pass a unit that an earlier run has finished, as they passed it then."""
         unit = self._units[index]
         work = self._work(unit)
         standing = self._finished.standing(index) if self._plan.propagates_quantized else None
         if standing is not None:
             if self._reference is not None:
-                self._reference.run_unit(unit, lambda: None)
+                self._reference.run(unit)
             for name, tensor in standing.edited.items():
                 self._model.get_parameter(name).copy_(tensor)
             work.drop_multipliers()  # quantized linears have theirs, and float ones none any more
             modules = {name: module.to(self._plan.device) for name, module in standing.modules.items()}
             with in_place(self._model, modules):
-                boundary.run_unit(unit, outside.next_sample)
+                stream.run(unit)
         elif work.passes_source and not self._plan.propagates_quantized:
-            boundary.run_unit(unit, outside.next_sample)
+            stream.run(unit)
         else:  # what the samples passed is not kept, and the same work gives it again
-            work.calibrate(boundary, outside.next_sample, True, self._reference)
+            work.calibrate(stream, True, self._reference)
         if index + 1 < len(self._units):
             self._loader.release_filled()
         self._loader.release(self._names(index))
         self._take_over(index)
 
-    def _unit(self, index: int, boundary: Boundary | None, outside: PortCollector, clock: _Clock, left: Left) -> None:
+    def _unit(self, index: int, stream: Stream | None, clock: _Clock, left: Left) -> None:
         unit = self._units[index]
         work = self._work(unit)
-        if boundary is not None and index <= self._last_pass:
+        if stream is not None and index <= self._last_pass:
             # Behind the last unit lie the norm and the vocabulary projection, which cost as much as several units.
             resume = index + 1 < len(self._units) or self._last_pass == len(self._units)
-            outcome = work.calibrate(boundary, outside.next_sample, resume, self._reference)
+            outcome = work.calibrate(stream, resume, self._reference)
             if index + 1 < len(self._units):
                 # A forward that embeds its text behind the vision tower has filled the embeddings here.
                 self._loader.release_filled()
@@ -188,24 +214,36 @@ class Engine:
     def _outside(self, statistics: UnitStatistics) -> None:
         """Quantize what lies outside the units; each weight is read here if no forward needed it."""
         clock = _Clock(self._plan.device)
-        self._unit_started("outside the units", len(self._units))
+        index = len(self._units)
+        self._plan.session.unit_started("outside the units", self._held.started + index, self._held.total)
         names = [name for name in self._parameters(self._plan.claimed(OUTSIDE)) if self._loader.is_empty(name)]
         self._loader.install(self._loader.read(names))
         clock.lap("read")
         outcome = self._work(OUTSIDE).work(statistics)
         clock.lap("quantize")
-        self._write(OUTSIDE, len(self._units), clock, outcome, self._left(OUTSIDE), [])
+        self._write(OUTSIDE, index, clock, outcome, self._left(OUTSIDE), [])
 
     def _write(self, unit: str, index: int, clock: _Clock, outcome: Outcome, left: Left, stored: Sequence[str]) -> None:
         """Hand on what was quantized and edited, also by earlier stages, and what of the unit is left to copy."""
+        record = {"unit": unit, "seconds": clock.laps, **outcome.record}
+        self._records.append(record)
         if self._stage is not None:
             edits = edited_parameters(self._model, outcome.edited)
             self._stage.put(unit, outcome.modules, outcome.caches, edits, outcome.multipliers)
             clock.lap("write")
-            record = {"unit": unit, "seconds": clock.laps, **outcome.record}
-            self._records.append(record)
-            self._unit_finished(unit, index, record)
-            return
+        elif self._ranks.is_first:
+            self._put(unit, clock, outcome, left, stored, record)
+        self._plan.session.unit_finished(unit, self._held.started + index, self._held.total, record)
+
+    def _put(
+        self,
+        unit: str,
+        clock: _Clock,
+        outcome: Outcome,
+        left: Left,
+        stored: Sequence[str],
+        record: Mapping[str, Any],
+    ) -> None:
         quantized, places = {**left.modules, **outcome.modules}, {**left.caches, **outcome.caches}
         modules: dict[str, QuantizedLinear] = {name: module.to("cpu") for name, module in quantized.items()}
         caches: dict[str, QuantizedCache] = {name: one.to("cpu") for name, one in places.items()}
@@ -217,10 +255,7 @@ class Engine:
         self._written.update(stored, gone)
         self._writer.wait()
         clock.lap("write")
-        record = {"unit": unit, "seconds": clock.laps, **outcome.record}
-        self._records.append(record)
         self._writer.put(unit, modules, caches, edited, copies, sorted(changed), record)
-        self._unit_finished(unit, index, record)
 
     def _replaced(self, modules: Iterable[str], edited: Iterable[str]) -> set[str]:
         """Stored tensors in whose place others were written."""
@@ -228,7 +263,7 @@ class Engine:
         return {key for name in parameters for key in self._plan.stored_keys(name)}
 
     def _work(self, unit: str) -> UnitWork:
-        return UnitWork(self._plan, self._model, unit, self._overlay.context)
+        return UnitWork(self._plan, self._model, unit, self._ranks, self._overlay.context)
 
     def _left(self, unit: str) -> Left:
         return self._overlay.left(unit, self._plan.info.banks)
@@ -240,12 +275,6 @@ class Engine:
         standing = {name: one.to(device) for name, one in {**left.modules, **left.caches}.items()}
         with self._overlay.applied(self._model, unit, device), in_place(self._model, standing):
             yield
-
-    def _unit_started(self, name: str, index: int) -> None:
-        self._plan.session.unit_started(name, self._held.started + index, self._held.total)
-
-    def _unit_finished(self, name: str, index: int, record: Mapping[str, Any]) -> None:
-        self._plan.session.unit_finished(name, self._held.started + index, self._held.total, record)
 
     @property
     def _total(self) -> int:
@@ -266,7 +295,7 @@ class Engine:
         if index <= self._last_pass:
             return [name for name in self._loader.names(unit) if name.rpartition(".")[0] not in quantized]
         claimed = list(self._plan.claimed(unit))
-        edited = self._work(unit).edits | (self._overlay.edited(unit) if self._stage is None else frozenset())
+        edited = self._work(unit).edits | (self._overlay.edited(unit) if self._plan.stage is None else frozenset())
         others = {name for name in edited if name.rpartition(".")[0] not in {*claimed, *quantized}}
         return [*self._parameters(claimed), *sorted(others & self._loader.parameters.keys())]
 
