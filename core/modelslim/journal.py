@@ -200,6 +200,11 @@ class Rest:
     stages: Sequence[FinishedStage] = ()
 
 
+def is_whole(units: Sequence[FinishedUnit]) -> bool:
+    """True when all tensors are written: the last line, of what no unit has, says nothing for the report."""
+    return bool(units) and units[-1].report is None
+
+
 def read_rest(file: Path) -> Rest | None:
     """What a journal says; None when there is none, or nothing in it to go on from."""
     if not file.is_file():

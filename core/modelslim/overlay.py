@@ -54,6 +54,7 @@ class Overlay:
         path: the folder for their files.
         stages: those that an earlier run has finished.
         journal: notes one more that is done; None at a rank that writes nothing.
+        is_wanted: False when all units of the result are written, and some of the files may be gone.
 
     Attributes:
         stages: those that are done, in order.
@@ -65,6 +66,8 @@ class Overlay:
         path: Path,
         stages: Sequence[FinishedStage] = (),
         journal: Callable[[Mapping[str, Any]], None] | None = None,
+        *,
+        is_wanted: bool = True,
     ) -> None:
         self._path = path
         self._journal = journal
@@ -73,6 +76,9 @@ class Overlay:
         self._edited: dict[str, int] = {}
         self.stages: list[FinishedStage] = []
         self.context = Context()
+        if not is_wanted:
+            self.stages += stages
+            return
         for stage in stages:
             self.take(stage)
 

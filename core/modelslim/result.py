@@ -18,7 +18,7 @@ from modelslim.checkpoint import DTYPE_NAMES, StoredTensor, byte_view
 from modelslim.devices import work_alone
 from modelslim.errors import SaveError
 from modelslim.files import copy_companions
-from modelslim.journal import FinishedUnit, Written
+from modelslim.journal import FinishedUnit, Written, is_whole
 from modelslim.kv_cache import QuantizedCache
 from modelslim.overlay import Overlay
 from modelslim.plan import Plan
@@ -83,7 +83,9 @@ class ResultWriter(RunOutput):
     def __init__(self, plan: Plan, output: OutputDirectory) -> None:
         self._plan = plan
         self._output = output
-        super().__init__(output.path, output.finished, {}, Overlay(output.path / PRIOR, output.stages, output.journal))
+        is_wanted = not is_whole(output.finished)
+        overlay = Overlay(output.path / PRIOR, output.stages, output.journal, is_wanted=is_wanted)
+        super().__init__(output.path, output.finished, {}, overlay)
         self._written = [one for unit in self.finished for one in unit.tensors]
         names = plan.result_sizes()
         self._shards = ShardWriter(

@@ -10,7 +10,7 @@ from typing import Any
 
 from modelslim.checkpoint import StoredTensor
 from modelslim.errors import Diagnostic, RankError, VerificationError
-from modelslim.journal import FAULTY, FinishedStage, FinishedUnit, differences
+from modelslim.journal import FAULTY, FinishedStage, FinishedUnit, differences, is_whole
 from modelslim.launch import Crew, crew, is_first_process
 from modelslim.overlay import Overlay
 from modelslim.plan import Plan, make_plan
@@ -175,7 +175,8 @@ def _help(plan: Plan, ranks: Ranks) -> None:
     }
     runner = plan.registry.load("runners", plan.runner)()
     units = [FinishedUnit.from_data(unit) for unit in finished]
-    overlay = Overlay(Path(path) / PRIOR, [FinishedStage.from_data(stage) for stage in stages])
+    done = [FinishedStage.from_data(stage) for stage in stages]
+    overlay = Overlay(Path(path) / PRIOR, done, is_wanted=not is_whole(units))
     with plan.checkpoint, closing(overlay):
         runner.run(plan, RunOutput(Path(path), units, tensors, overlay), ranks)
 
