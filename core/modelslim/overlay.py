@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from modelslim.checkpoint import DTYPE_NAMES, Checkpoint, byte_view, read_header
 from modelslim.context import Context
 from modelslim.edits import add_bias
-from modelslim.errors import QuantizationError, RankError
+from modelslim.errors import QuantizationError, RankError, SaveError
 from modelslim.journal import FinishedStage, StageUnit
 from modelslim.kv_cache import QuantizedCache
 from modelslim.multipliers import drop_input_multiplier, share_multiplier
@@ -188,9 +188,14 @@ class Overlay:
         """Let later stages see what a stage has changed.
 
         Raises:
-            RankError: its files are not there.
+            RankError, SaveError: its files are not there, at a rank that writes nothing, or at the first one.
         """
         folder = self._folder(stage.stage)
+        if not folder.is_dir() and self._journal is not None:
+            raise SaveError(
+                f"{folder}: what the journal says is not there",
+                hint="something else has changed it; --restart begins anew",
+            )
         if not folder.is_dir():
             raise RankError(
                 f"{folder}: this rank does not see what a prior stage has written",

@@ -21,13 +21,25 @@ from torch import Tensor
 from modelslim.api import hookimpl
 from modelslim.cli.main import main
 from modelslim.context import Context
-from modelslim.errors import PluginError, ProtocolError, UsageError
+from modelslim.errors import (
+    ModelSlimError,
+    PluginError,
+    ProtocolError,
+    QuantizationError,
+    RankError,
+    SaveError,
+    UsageError,
+)
+from modelslim.journal import FinishedStage
+from modelslim.overlay import Overlay, StageWriter
 from modelslim.plan import make_plan
+from modelslim.quantized import QuantizedLinear, QuantizedTensor
 from modelslim.run import quantize, run_plan
 from modelslim.runners.engine import Engine
 from modelslim.saved import load_model
 from modelslim.scales import range_to_scale
 from modelslim.session import Session
+from modelslim.types import QuantSpec, TensorSpec
 
 SMOOTH = "{type: iter_smooth, alpha: 0.5}"
 SHIFT = "{type: iter_smooth, symmetric: false, alpha: 0.5, enable_subgraph_type: [norm-linear]}"
@@ -416,6 +428,22 @@ def test_other_data_of_a_stage_are_another_run(
     with pytest.raises(UsageError, match="was not the same") as error:
         run(tiny_llama, tmp_path / "out", config)
     assert [str(one) for one in error.value.diagnostics] == ["the calibration data have changed"]
+
+
+@pytest.mark.parametrize(("journal", "error"), [(lambda line: None, SaveError), (None, RankError)])
+def test_files_of_a_stage_that_are_gone_are_missed(journal: Any, error: type[ModelSlimError], tmp_path: Path) -> None:
+    with pytest.raises(error, match="prior/0: "):
+        Overlay(tmp_path / "prior", [FinishedStage(0, {}, [])], journal)
+
+
+def test_only_linears_of_the_core_can_be_handed_to_the_next_stage(tmp_path: Path) -> None:
+    class Special(QuantizedLinear):
+        pass
+
+    spec = QuantSpec(TensorSpec("int8", "per_channel"))
+    weight = QuantizedTensor(torch.zeros(2, 4, dtype=torch.int8), torch.ones(2, 1), None, spec.weight)
+    with pytest.raises(QuantizationError, match=r"unit\.q: a Special cannot be handed to the next stage"):
+        StageWriter(tmp_path).put("unit", {"unit.q": Special(weight, spec)}, {}, {}, [])
 
 
 # What is handed over

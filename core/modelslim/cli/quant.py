@@ -188,15 +188,20 @@ def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The report in a few lines."""
     before, after = report["bytes_before"], report["bytes_after"]
     schemes = ", ".join(f"{count} linears {scheme}" for scheme, count in report["schemes"].items())
-    calibration = f"{report['samples']} samples of {Path(report['dataset']).name}" if report["samples"] else "none"
     rows = [
         ("result", report["save_path"]),
         ("schemes", schemes),
         ("size", f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({before / after:.2f} times smaller)"),
-        ("calibration", calibration),
+        *((stage["entry"], _calibration(stage)) for stage in report["prior"]),
+        ("calibration", _calibration(report)),
     ]
     if fallen := fallen_back(report):
         rows.append(("fell back", fallen))
     if report["peak_memory_bytes"]:
         rows.append(("peak memory", f"{report['peak_memory_bytes'] / 1e6:,.0f} MB, imports included"))
     return rows
+
+
+def _calibration(stage: Mapping[str, Any]) -> str:
+    """What a stage was calibrated on, in a few words."""
+    return f"{stage['samples']} samples of {Path(stage['dataset']).name}" if stage["samples"] else "none"
