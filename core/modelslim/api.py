@@ -3,6 +3,7 @@
 
 from modelslim.algorithm import Algorithm, Entry, Fallback, Pattern, Processor, Unit
 from modelslim.checkpoint import Checkpoint, StoredTensor
+from modelslim.context import Namespace
 from modelslim.devices import one_thread
 from modelslim.driver import drive
 from modelslim.edits import add_bias
@@ -38,6 +39,7 @@ from modelslim.planned import (
 )
 from modelslim.qconfig import check_group_sizes, parse_activation, parse_qconfig, parse_weight
 from modelslim.quantized import QuantizedExperts, QuantizedLinear, QuantizedTensor
+from modelslim.ranks import ALONE, Ranks
 from modelslim.sampling import choose_samples
 from modelslim.saved_config import without_quantization
 from modelslim.saver import PlannedModel, SavedCache, SavedLinear, Saver, TensorRecord
@@ -78,6 +80,7 @@ from modelslim.types import (
 from modelslim.vlm_dataset import VlmCalibSample
 
 __all__ = [
+    "ALONE",
     "FLOAT",
     "FUSED",
     "WHOLE",
@@ -100,6 +103,7 @@ __all__ = [
     "LinearInfo",
     "ModelError",
     "ModelSlimError",
+    "Namespace",
     "Pattern",
     "PlannedLinear",
     "PlannedModel",
@@ -114,6 +118,7 @@ __all__ = [
     "QuantizedExperts",
     "QuantizedLinear",
     "QuantizedTensor",
+    "Ranks",
     "RowSample",
     "SaveError",
     "SavedCache",
