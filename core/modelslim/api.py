@@ -40,7 +40,7 @@ from modelslim.qconfig import check_group_sizes, parse_activation, parse_qconfig
 from modelslim.quantized import QuantizedExperts, QuantizedLinear, QuantizedTensor
 from modelslim.sampling import choose_samples
 from modelslim.saved_config import without_quantization
-from modelslim.saver import PlannedModel, SavedCache, SavedLinear, Saver, TensorRecord
+from modelslim.saver import EngineAnswer, PlannedModel, SavedCache, SavedLinear, Saver, TensorRecord
 from modelslim.scales import (
     from_codes,
     largest_magnitudes,
@@ -91,6 +91,7 @@ __all__ = [
     "Checkpoint",
     "DatasetError",
     "DecodedTensor",
+    "EngineAnswer",
     "Entry",
     "ExpertLinear",
     "Fallback",
