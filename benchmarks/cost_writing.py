@@ -17,7 +17,6 @@ from statistics import median
 
 import torch
 
-from modelslim.checkpoint import DTYPE_NAMES, byte_view
 from modelslim.quantized import QuantizedLinear, QuantizedTensor
 from modelslim.registry import Registry
 from modelslim.saver import Saver
@@ -59,9 +58,7 @@ def write(saver: Saver, linear: QuantizedLinear, count: int, folder: Path) -> in
     writer = ShardWriter(folder, "weights", 0, 1 << 20, lambda _name, _size: None)
     for number in range(count):
         for name, tensor in saver.encode(f"model.layers.{number}.mlp.up_proj", linear, "bfloat16"):
-            data = byte_view(tensor.contiguous())
-            largest = max(largest, len(data))
-            writer.add(name, DTYPE_NAMES[tensor.dtype], tensor.shape, len(data), [data])
+            largest = max(largest, writer.add_tensor(name, tensor).record.nbytes)
     writer.finish()
     return largest
 
