@@ -148,7 +148,7 @@ def verify(
         problems += [*numbers.check(), *numbers.check_floats()]
         planned = result.planned(config, numbers.multiplied)
         problems += check_model(saver, format_, target, planned)
-        answer = _ask(target, saver, path, planned, files.tensors)
+        answer = _ask(engine, target, saver, path, planned, files.tensors)
         problems += answer.problems
         return replace(
             found,
@@ -206,13 +206,23 @@ def _asked(target: Target, problems: Iterator[Problem]) -> list[Problem]:
 
 
 def _ask(
-    target: Target | None, saver: Saver, path: Path, model: PlannedModel, tensors: Mapping[str, StoredTensor]
+    engine: str | None,
+    target: Target | None,
+    saver: Saver,
+    path: Path,
+    model: PlannedModel,
+    tensors: Mapping[str, StoredTensor],
 ) -> EngineAnswer:
-    """What the engine's own Python says, where the user names the engine."""
-    if target is None or not target.asked:
+    """What the engine's own Python says, where the user names the engine.
+
+    Where the user names a version, the installed one may be another: what it refuses is then a warning.
+    """
+    if target is None or engine is None:
         return EngineAnswer()
     on_meta = {name: torch.empty(one.shape, dtype=one.torch_dtype, device="meta") for name, one in tensors.items()}
-    return saver.ask_engine(target.contract.engine, path, model, on_meta)
+    answer = saver.ask_engine(target.contract.engine, path, model, on_meta)
+    named = engine.casefold() == target.contract.engine
+    return replace(answer, problems=[replace(one, fatal=one.fatal and named) for one in answer.problems])
 
 
 def _open(
