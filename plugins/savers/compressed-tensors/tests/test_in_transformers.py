@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from modelslim.api import PlannedModel
 from modelslim.verify import Verification, verify
+from modelslim_compressed_tensors import in_transformers
 from modelslim_compressed_tensors.in_transformers import ask_transformers
 
 Source = Callable[..., Path]
@@ -110,3 +111,32 @@ def test_every_difference_is_named(
     answer = ask_transformers(path, NO_MODEL, {name: one.to("meta") for name, one in tensors.items()})
     messages = [problem.message for problem in answer.problems if problem.fatal]
     assert any(says.format(name) in message for message in messages), messages
+
+
+def test_experts_that_it_would_leave_at_random_are_named(source: Source, result: Result, process: Process) -> None:
+    refused, _ = ask(result(source("qwen3_vl_moe"), process("w4a16", include=["*experts*"])))
+    assert any("wants model.language_model.layers.1.mlp.experts.gate_up_proj, and nothing" in one for one in refused)
+
+
+def test_an_installed_version_other_than_the_named_one_warns(source: Source, result: Result, process: Process) -> None:
+    path = result(source(), process("w4a16-asymmetric"))
+    (asked,) = {verify(path, engine=name).asked for name in ("transformers", "transformers-5.23")}
+    told = [one for one in verify(path, engine="transformers-5.23").problems if one.message.startswith(asked)]
+    assert told and not any(problem.fatal for problem in told)
+
+
+@pytest.mark.parametrize("package", ["compressed_tensors", "accelerate"])
+def test_without_a_package_the_contract_is_checked_only(
+    package: str, source: Source, result: Result, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = in_transformers.find_spec
+    monkeypatch.setattr(in_transformers, "find_spec", lambda name: None if name == package else find(name))
+    found = verify(result(source(), process("w4a16")), engine="transformers")
+    assert (found.asked, found.faults) == ("", [])
+    assert found.by_contract == f"{package.replace('_', '-')} cannot be imported"
+
+
+def test_another_engine_is_not_asked(source: Source, result: Result, process: Process) -> None:
+    found = verify(result(source(), process("w4a16")), engine="vllm")
+    assert (found.asked, found.by_contract) == ("", "there is no way to ask vllm about this format")
+    assert verify(result(source(), process("w4a16"))).by_contract == "", "nobody named an engine"
