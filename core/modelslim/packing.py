@@ -50,7 +50,7 @@ def _pack_pairs(codes: Tensor) -> Tensor:
     codes = codes.contiguous()
     packed = torch.empty(*codes.shape[:-1], codes.shape[-1] // 2, dtype=torch.uint8)
     # In blocks that stay in the cache of a core; memory does not grow by more.
-    blocks = zip(codes.view(-1).split(_BLOCK), packed.view(-1).split(_BLOCK // 2), strict=True)
+    blocks = zip(torch.split(codes.view(-1), _BLOCK), torch.split(packed.view(-1), _BLOCK // 2), strict=True)
     for block, target in blocks:
         unsigned = to_unsigned(block, 4) if block.dtype == torch.int8 else block
         # Both codes of a pair come to lie in its low byte, which is all that the conversion keeps: whole words are

@@ -20,7 +20,7 @@ def pack_rows(codes: Tensor) -> Tensor:
     """
     packed = torch.empty(codes.shape[0] // 2, codes.shape[1], dtype=torch.int8)
     # In blocks that stay in the cache of a core. A sum that overflows drops the same bits as a shift, and is faster.
-    for block, target in zip(codes.split(_BLOCK_ROWS), packed.split(_BLOCK_ROWS // 2), strict=True):
+    for block, target in zip(torch.split(codes, _BLOCK_ROWS), torch.split(packed, _BLOCK_ROWS // 2), strict=True):
         torch.add(block[0::2] & 0x0F, block[1::2], alpha=16, out=target)
     return packed
 
