@@ -27,6 +27,8 @@ def quantize(
     trust_remote_code: bool = False,
     engine: str | None = None,
     tp: int = 1,
+    calib_samples: int | None = None,
+    calib_length: int | None = None,
     check: bool = True,
     restart: bool = False,
     observers: Sequence[tuple[str, object]] = (),
@@ -42,6 +44,8 @@ def quantize(
         trust_remote_code: allow code of the checkpoint to run.
         engine: refuse what this engine does not load; see ``make_plan``.
         tp: the engine's degree of tensor parallelism.
+        calib_samples: calibrate on at most so many samples; None for as many as the algorithms want.
+        calib_length: tokens after which a calibration text is cut; None for never.
         check: verify the result before it gets its name.
         restart: begin anew what an interrupted run left in ``<save_path>.partial``; False to continue it.
         observers: further plugins of this run, by name.
@@ -63,6 +67,8 @@ def quantize(
         trust_remote_code=trust_remote_code,
         engine=engine,
         tp=tp,
+        calib_samples=calib_samples,
+        calib_length=calib_length,
         observers=observers,
     )
     return run_plan(plan, save_path, check=check, restart=restart)
@@ -98,6 +104,8 @@ def run_plan(
             records = writer.finish()
         report = {**make_report(plan, save_path, units, records), "verified": False}
         write_json(output.path / REPORT, report)
+        if plan.practice is not None:
+            plan.practice.write(output.path)
         if check:
             _verify(plan, output, units)
             report["verified"] = True

@@ -7,24 +7,36 @@ from pathlib import Path
 
 import click
 
+from modelslim.cli.choosing import Asked, find_protocol
 from modelslim.cli.options import (
+    TagCommand,
+    calib_length_option,
+    calib_samples_option,
     config_path_option,
     device_option,
     engine_option,
     json_option,
     model_path_option,
     model_type_option,
+    practices_option,
+    quant_type_option,
+    tag_option,
     tp_option,
     trust_remote_code_option,
 )
 from modelslim.cli.output import Output, pass_output
 
 
-@click.command()
+@click.command(cls=TagCommand)
 @model_path_option
-@config_path_option
-@device_option
 @model_type_option
+@quant_type_option
+@tag_option
+@practices_option
+@config_path_option
+@calib_samples_option
+@calib_length_option
+@device_option
 @engine_option
 @tp_option
 @trust_remote_code_option
@@ -33,9 +45,14 @@ from modelslim.cli.output import Output, pass_output
 def command(
     output: Output,
     model_path: Path,
-    config_path: Path,
-    device: str | None,
     model_type: str | None,
+    quant_type: str | None,
+    tags: tuple[str, ...],
+    practice_folders: tuple[Path, ...],
+    config_path: Path | None,
+    calib_samples: int | None,
+    calib_length: int | None,
+    device: str | None,
     engine: str | None,
     tp: int,
     trust_remote_code: bool,
@@ -50,14 +67,23 @@ def command(
     from modelslim.plan import make_plan
     from modelslim.plan_table import as_data, rows
 
+    wanted = Asked(config_path, quant_type, tags, practice_folders, model_path, model_type, engine)
+    protocol, engine, practice = find_protocol(output, wanted)
+    if practice is not None and practice.needs_consent:
+        output.warn(f"{practice.line}; quant asks for consent, or wants --yes")
+    elif practice is not None:
+        output.note(practice.line)
     plan = make_plan(
         model_path,
-        config_path,
+        protocol,
         device=device,
         model_type=model_type,
         trust_remote_code=trust_remote_code,
         engine=engine,
         tp=tp,
+        calib_samples=calib_samples,
+        calib_length=calib_length,
+        practice=practice,
     )
     for warning in plan.warnings:
         output.warn(warning)
@@ -99,6 +125,7 @@ def command(
             ("runner", plan.runner),
             ("adapter", plan.adapter),
             ("engine", data["engine"] or "not known"),
+            *([("practice", practice.practice.config_id)] if practice else []),
         ],
     )
     output.data(data)

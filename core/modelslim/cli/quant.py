@@ -12,30 +12,44 @@ from typing import Any
 
 import click
 
+from modelslim.cli.choosing import Asked, find_protocol, settle
 from modelslim.cli.convert import convert_and_show
 from modelslim.cli.options import (
+    TagCommand,
+    calib_length_option,
+    calib_samples_option,
     config_path_option,
     device_option,
     engine_option,
     json_option,
     model_path_option,
     model_type_option,
+    practices_option,
+    quant_type_option,
     quiet_option,
     restart_option,
     save_path_option,
+    tag_option,
     tp_option,
     trust_remote_code_option,
     verify_option,
+    yes_option,
 )
 from modelslim.cli.output import Output, pass_output
 
 
-@click.command()
+@click.command(cls=TagCommand)
 @model_path_option
 @save_path_option
-@config_path_option
-@device_option
 @model_type_option
+@quant_type_option
+@tag_option
+@yes_option
+@practices_option
+@config_path_option
+@calib_samples_option
+@calib_length_option
+@device_option
 @engine_option
 @tp_option
 @trust_remote_code_option
@@ -48,9 +62,15 @@ def command(
     output: Output,
     model_path: Path,
     save_path: Path,
-    config_path: Path,
-    device: str | None,
     model_type: str | None,
+    quant_type: str | None,
+    tags: tuple[str, ...],
+    yes: bool,
+    practice_folders: tuple[Path, ...],
+    config_path: Path | None,
+    calib_samples: int | None,
+    calib_length: int | None,
+    device: str | None,
     engine: str | None,
     tp: int,
     trust_remote_code: bool,
@@ -58,6 +78,9 @@ def command(
     restart: bool,
 ) -> None:
     """Quantize a model and write the result.
+
+    A protocol says how: yours, given as --config_path, or the best known one of --quant_type. Where
+    that one is not verified for the model you are asked first.
 
     Everything that can be wrong is refused before a weight is read. The result appears under its
     name only when it is whole and verified; until then it grows in <save_path>.partial. The same
@@ -74,7 +97,11 @@ def command(
 
     start = time.monotonic()
     check_save_path(save_path, model_path)
-    asked = read_conversion(config_path)
+    wanted = Asked(config_path, quant_type, tags, practice_folders, model_path, model_type, engine)
+    protocol, engine, practice = find_protocol(output, wanted)
+    if practice is not None:
+        settle(output, practice, yes)
+    asked = read_conversion(protocol)
     for warning in asked.warnings if asked else ():
         output.warn(warning)
     if asked and asked.protocol is None:
@@ -92,18 +119,21 @@ def command(
         return
     # What a plugin prints is not this command's result.
     with (
-        asked.protocol_file() if asked else nullcontext(config_path) as config_path,
+        asked.protocol_file() if asked else nullcontext(protocol) as protocol,
         progress(output, "quantizing") as observers,
         redirect_stdout(sys.stderr),
     ):
         plan = make_plan(
             model_path,
-            config_path,
+            protocol,
             device=device,
             model_type=model_type,
             trust_remote_code=trust_remote_code,
             engine=engine,
             tp=tp,
+            calib_samples=calib_samples,
+            calib_length=calib_length,
+            practice=practice,
             observers=observers,
         )
         for warning in plan.warnings:
@@ -180,6 +210,8 @@ def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("size", f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({before / after:.2f} times smaller)"),
         ("calibration", calibration),
     ]
+    if report["practice"]:
+        rows.insert(1, ("practice", report["practice"]["config_id"]))
     if fallen := fallen_back(report):
         rows.append(("fell back", fallen))
     if report["peak_memory_bytes"]:

@@ -14,6 +14,7 @@ import torch
 from modelslim.activations import Boundary
 from modelslim.devices import synchronize, work_alone
 from modelslim.edits import stored_edits
+from modelslim.inputs import model_inputs
 from modelslim.kv_cache import QuantizedCache, attentions, open_places
 from modelslim.loader import Loader
 from modelslim.plan import Plan
@@ -95,7 +96,7 @@ class Engine:
         self._loader.fill_on_demand(self._units)
         if plan.session.has("enable_kv_cache"):
             plan.session.enable_kv_cache(self._model, False)
-        inputs = plan.session.handle_dataset(plan.samples, plan.device)
+        inputs = model_inputs(plan.session, plan.samples, plan.device, plan.calib_length)
         boundary = stack.enter_context(closing(Boundary(plan.session, self._model, inputs, self._units)))
         outside.next_sample()
         if plan.propagates_quantized and plan.replays:
