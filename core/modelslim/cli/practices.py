@@ -26,7 +26,7 @@ from modelslim.cli.output import Output, pass_output
 @json_option
 @click.pass_context
 def command(context: click.Context, practice_folders: tuple[Path, ...]) -> None:
-    """List the known recipes, show one, or say which a request gets and why.
+    """List the recipes, and say which one a request gets.
 
     Practices ship with adapters, or lie in folders of yours. Without a command they are listed.
     """
