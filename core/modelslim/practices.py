@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from modelslim.adapters import GENERIC
 from modelslim.errors import ProtocolError, UsageError, nearest
+from modelslim.protocol.compose import refuse_apiversion
 from modelslim.protocol.document import read_document
 from modelslim.quant_type import QuantType
 from modelslim.registry import Registry
@@ -155,8 +156,8 @@ def read_practice(file: Path, origin: str, distribution: str = "", source: Sourc
     mistake = _mistake(metadata)
     if mistake:
         return broken(mistake)
-    if not value["apiversion"].endswith("modelslim_v1"):
-        return broken(f"its apiversion {value['apiversion']} is none of a practice here")
+    if refusal := refuse_apiversion(value["apiversion"]):
+        return broken(refusal[0])
     config_id = metadata.get("config_id", file.stem)
     if distribution and config_id != file.stem:
         return broken(f"its config_id is {config_id!r}; of a shipped practice it is the name of the file")

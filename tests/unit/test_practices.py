@@ -240,7 +240,8 @@ def test_metadata_of_the_existing_tool_is_read(write: Write, tmp_path: Path) -> 
         ("{label: {w_bits: 8}}", "apiversion: modelslim_v1\n", "'w_bits' was unexpected"),
         ("{label: {evidence: measured}}", "apiversion: modelslim_v1\n", "no model is listed as verified"),
         ("{}", "", "no apiversion"),
-        ("{}", "apiversion: modelslim_v0\n", "modelslim_v0 is none of a practice here"),
+        ("{}", "apiversion: modelslim_v0\n", "'modelslim_v0' is not supported"),
+        ("{}", "apiversion: modelslim_convert\n", "that of a conversion"),
         ("[", "apiversion: modelslim_v1\n", "mine.yaml"),
     ],
 )
@@ -266,3 +267,28 @@ def test_a_folder_that_is_not_there_is_refused(by_option: bool, tmp_path: Path) 
     with pytest.raises(UsageError, match="missing, which is no folder") as caught:
         find_practices(REGISTRY, [missing] if by_option else [], {} if by_option else {FOLDERS: str(missing)})
     assert caught.value.message.startswith("--practices" if by_option else FOLDERS)
+
+
+def test_a_distribution_without_an_adapter_may_ship_practices(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "acme_recipes-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-recipes\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[modelslim.practices]\nacme = acme_recipes.practices\n")
+    folder = tmp_path / "acme_recipes" / "practices"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    (folder / "__init__.py").touch()
+    write("acme_recipes/practices/good", "{score: 300, label: {w_bit: 8, a_bit: 8}, model_types: [qwen2]}")
+    write("acme_recipes/practices/stem", "{config_id: other}")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry.scan({})
+    found = [one for one in find_practices(registry, environ={}) if one.distribution == "acme-recipes"]
+    assert [(one.config_id, one.source, one.origin) for one in found] == [
+        (name, "package", "acme-recipes 1.0") for name in ("good", "stem")
+    ]
+    assert found[1].problem == "its config_id is 'other'; of a shipped practice it is the name of the file"
+    request = Request(Model((NAME, "qwen2"), "modelslim-adapter-transformers"), QuantType(8, 8))
+    assert choose(request, judge(request, find_practices(registry, environ={}), registry)).practice is not found[1]
+    assert choose(request, judge(request, found, registry)).practice == found[0]

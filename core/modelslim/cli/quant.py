@@ -104,6 +104,8 @@ def command(
     asked = read_conversion(protocol)
     for warning in asked.warnings if asked else ():
         output.warn(warning)
+    if asked and (calib_samples or calib_length):
+        output.warn("--calib_samples and --calib_length have no effect on a conversion, which calibrates nothing")
     if asked and asked.protocol is None:
         convert_and_show(
             output,
