@@ -70,7 +70,7 @@ def look_up(output: Output, asked: Asked) -> tuple[Request, list[Verdict]]:
         UsageError: an option means nothing.
         ModelError, PluginError: the model or its adapter cannot be used.
     """
-    from modelslim.checkpoint import Checkpoint
+    from modelslim.checkpoint import read_json
     from modelslim.practice_choice import Request, find_model, judge, used_tags
     from modelslim.practices import find_practices
     from modelslim.quant_type import parse_quant_type
@@ -80,10 +80,7 @@ def look_up(output: Output, asked: Asked) -> tuple[Request, list[Verdict]]:
     quant_type = None if asked.quant_type is None else parse_quant_type(asked.quant_type)
     registry = Registry.scan()
     practices = find_practices(registry, asked.folders)
-    config = None
-    if asked.model_path is not None:
-        with Checkpoint(asked.model_path) as checkpoint:
-            config = checkpoint.config
+    config = None if asked.model_path is None else read_json(asked.model_path / "config.json")
     model = find_model(config, asked.model_type, registry)
     tags = read_tags(asked.tags, registry, used_tags(practices))
     for remark in tags.remarks:
