@@ -35,10 +35,10 @@ from modelslim.plan_topology import (
     find_topology,
     with_subgraphs,
 )
-from modelslim.protocol.document import shorten
 from modelslim.protocol.model import Protocol
 from modelslim.protocol.validate import read_protocol
 from modelslim.registry import Registry
+from modelslim.runners.choice import choose_runner
 from modelslim.sampling import choose_samples
 from modelslim.saver import PlannedModel, Saver
 from modelslim.session import Session
@@ -47,8 +47,6 @@ from modelslim.vlm_dataset import read_vlm_samples
 
 if TYPE_CHECKING:
     from modelslim.practice_choice import Choice
-
-DEFAULT_RUNNER = "layer_wise"
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ class Plan:
         calib_length: tokens after which a text is cut; None for never.
         device: torch device of the computation.
         runner: name of the runner.
+        runner_why: why that one, in a few words.
         registry: the installed plugins.
         topology: what smoothing may rescale; None when no algorithm asks.
         rescaled: full names of the parameters that smoothing changes.
@@ -95,6 +94,7 @@ class Plan:
     calib_length: int | None
     device: str
     runner: str
+    runner_why: str
     registry: Registry
     topology: Topology | None
     rescaled: frozenset[str]
@@ -168,6 +168,7 @@ def make_plan(
     calib_samples: int | None = None,
     calib_length: int | None = None,
     practice: Choice | None = None,
+    ranks: int = 1,
     observers: Sequence[tuple[str, object]] = (),
 ) -> Plan:
     """Resolve a run and refuse what cannot work, all mistakes of the protocol at once.
@@ -184,6 +185,7 @@ def make_plan(
         calib_samples: calibrate on at most so many samples; None for as many as the algorithms want.
         calib_length: tokens after which a calibration text is cut; None for never.
         practice: how the protocol was chosen, for the report; None when the user named it.
+        ranks: how many processes share the run, each with a device of its own.
         observers: further plugins of this run, by name.
 
     Raises:
@@ -264,7 +266,8 @@ def make_plan(
         samples, remarks = _read(dataset, protocol)
         samples = _wanted(samples, steps, info, model, calib_samples)
         unproven = prove_forward(session, model, checkpoint, kind, name, trust_remote_code, registry) if samples else []
-    runner, about_runner = _runner(protocol)
+    runner = choose_runner(protocol, ranks, registry)
+    diagnostics += runner.refusals
     if diagnostics:
         raise _refusal(config_path, diagnostics)
     return Plan(
@@ -282,7 +285,8 @@ def make_plan(
         dataset=dataset,
         calib_length=calib_length,
         device=resolved,
-        runner=runner,
+        runner=runner.name,
+        runner_why=runner.why,
         registry=registry,
         topology=topology,
         rescaled=rescaled,
@@ -291,7 +295,7 @@ def make_plan(
         practice=practice,
         warnings=[
             *([remark] if remark else []),
-            *about_runner,
+            *runner.warnings,
             *remarks,
             *_left_long(samples, calib_length),
             *unproven,
@@ -335,16 +339,6 @@ def _left_long(samples: Sequence[Any], calib_length: int | None) -> list[str]:
     """A warning when samples will not be cut, because images, audio or video stand among their tokens."""
     count = 0 if calib_length is None else sum(map(holds_media, samples))
     return [f"--calib_length cuts texts only: {count} samples with images, audio or video stay whole"] if count else []
-
-
-def _runner(protocol: Protocol) -> tuple[str, list[str]]:
-    """Name of the runner, and what the user should know about it."""
-    if protocol.runner in ("auto", DEFAULT_RUNNER):
-        return DEFAULT_RUNNER, []
-    if not protocol.is_multimodal:
-        return protocol.runner, []
-    message = f"{shorten(protocol.runner)!r} becomes {DEFAULT_RUNNER}, the only runner of {protocol.apiversion}"
-    return DEFAULT_RUNNER, [str(protocol.document.diagnostic(message, ("spec", "runner")))]
 
 
 @contextmanager

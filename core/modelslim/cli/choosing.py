@@ -41,11 +41,29 @@ class Asked:
     engine: str | None
 
 
-def find_protocol(output: Output, asked: Asked) -> tuple[Path, str | None, Choice | None]:
-    """The protocol, the engine that is checked, and the choice where it is a practice; the choice is not yet told.
+@dataclass(frozen=True)
+class Found:
+    """The protocol of a run.
+
+    Attributes:
+        protocol: the YAML file.
+        engine: the engine that is checked; None for that of the format.
+        practice: how the protocol was chosen; None when the user named it.
+        remarks: what the user should know.
+    """
+
+    protocol: Path
+    engine: str | None
+    practice: Choice | None = None
+    remarks: Sequence[str] = ()
+
+
+def find_protocol(asked: Asked) -> Found:
+    """The protocol that the options mean; nothing is told yet, and nobody asked.
 
     Raises:
         UsageError: the options exclude each other, or there is no practice.
+        ModelError, PluginError: as of :func:`look_up`.
     """
     if asked.config_path is not None:
         if asked.quant_type is not None:
@@ -53,18 +71,17 @@ def find_protocol(output: Output, asked: Asked) -> tuple[Path, str | None, Choic
                 "--config_path and --quant_type exclude each other: the one names a protocol, the other looks one up",
                 hint="leave one of them out; `modelslim practices show NAME` prints a practice to start from",
             )
-        if asked.tags:
-            output.warn("--tag has no effect beside --config_path; --engine checks what an engine loads")
-        return asked.config_path, asked.engine, None
+        ignored = ["--tag has no effect beside --config_path; --engine checks what an engine loads"]
+        return Found(asked.config_path, asked.engine, remarks=ignored if asked.tags else ())
     from modelslim.practice_choice import choose
 
-    request, verdicts = look_up(output, asked)
+    request, verdicts, remarks = look_up(asked)
     choice = choose(request, verdicts)
-    return choice.practice.file, request.engine or None, choice
+    return Found(choice.practice.file, request.engine or None, choice, remarks)
 
 
-def look_up(output: Output, asked: Asked) -> tuple[Request, list[Verdict]]:
-    """The request, and what speaks for or against each practice; tells what the user should know of the tags.
+def look_up(asked: Asked) -> tuple[Request, list[Verdict], list[str]]:
+    """The request, what speaks for or against each practice, and what the user should know.
 
     Raises:
         UsageError: an option means nothing.
@@ -83,13 +100,9 @@ def look_up(output: Output, asked: Asked) -> tuple[Request, list[Verdict]]:
     config = None if asked.model_path is None else read_json(asked.model_path / "config.json")
     model = find_model(config, asked.model_type, registry)
     tags = read_tags(asked.tags, registry, used_tags(practices))
-    for remark in tags.remarks:
-        output.warn(remark)
-    for practice in practices:
-        if practice.problem:
-            output.warn(f"{practice.file} is no practice: {practice.problem}")
+    broken = [f"{one.file} is no practice: {one.problem}" for one in practices if one.problem]
     request = Request(model, quant_type, tags, asked.engine or tags.engine)
-    return request, judge(request, practices, registry)
+    return request, judge(request, practices, registry), [*tags.remarks, *broken]
 
 
 def settle(output: Output, choice: Choice, yes: bool) -> None:

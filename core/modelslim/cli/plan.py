@@ -13,7 +13,7 @@ from modelslim.cli.options import (
     calib_length_option,
     calib_samples_option,
     config_path_option,
-    device_option,
+    devices_option,
     engine_option,
     json_option,
     model_path_option,
@@ -23,6 +23,7 @@ from modelslim.cli.options import (
     tag_option,
     tp_option,
     trust_remote_code_option,
+    workers_option,
 )
 from modelslim.cli.output import Output, pass_output
 
@@ -36,7 +37,8 @@ from modelslim.cli.output import Output, pass_output
 @config_path_option
 @calib_samples_option
 @calib_length_option
-@device_option
+@devices_option
+@workers_option
 @engine_option
 @tp_option
 @trust_remote_code_option
@@ -53,6 +55,7 @@ def command(
     calib_samples: int | None,
     calib_length: int | None,
     device: str | None,
+    workers: int | None,
     engine: str | None,
     tp: int,
     trust_remote_code: bool,
@@ -61,25 +64,29 @@ def command(
 
     Reads config.json, the headers of the weight files and the calibration data; no weight.
     """
-    from modelslim.devices import prepare_threads
+    from modelslim.devices import prepare_threads, resolve_devices
 
     prepare_threads()
     from modelslim.plan import make_plan
     from modelslim.plan_table import as_data, rows
 
-    wanted = Asked(config_path, quant_type, tags, practice_folders, model_path, model_type, engine)
-    protocol, engine, practice = find_protocol(output, wanted)
+    found = find_protocol(Asked(config_path, quant_type, tags, practice_folders, model_path, model_type, engine))
+    for remark in found.remarks:
+        output.warn(remark)
+    practice = found.practice
     if practice is not None and practice.needs_consent:
         output.warn(f"{practice.line}; quant asks for consent, or wants --yes")
     elif practice is not None:
         output.note(practice.line)
+    devices = resolve_devices(device, workers)
     plan = make_plan(
         model_path,
-        protocol,
-        device=device,
+        found.protocol,
+        device=devices[0],
+        ranks=len(devices),
         model_type=model_type,
         trust_remote_code=trust_remote_code,
-        engine=engine,
+        engine=found.engine,
         tp=tp,
         calib_samples=calib_samples,
         calib_length=calib_length,
@@ -121,8 +128,8 @@ def command(
         [
             ("size", f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB"),
             ("calibration", calibration),
-            ("device", plan.device),
-            ("runner", plan.runner),
+            ("device", ", ".join(dict.fromkeys(devices))),
+            ("runner", f"{plan.runner}: {plan.runner_why}"),
             ("adapter", plan.adapter),
             ("engine", data["engine"] or "not known"),
             *([("practice", practice.practice.config_id)] if practice else []),

@@ -116,9 +116,10 @@ def why(
     from modelslim.quant_type import RECOMMENDED
 
     asked = Asked(None, quant_type, tags, practice_folders, model_path, model_type, engine)
-    request, verdicts = look_up(output, asked)
-    if request.model.remark:
-        output.warn(request.model.remark)
+    request, verdicts, remarks = look_up(asked)
+    for remark in (*remarks, request.model.remark):
+        if remark:
+            output.warn(remark)
     wanted = request.quant_type or RECOMMENDED
     levels = [
         (

@@ -19,7 +19,7 @@ from modelslim.cli.options import (
     calib_length_option,
     calib_samples_option,
     config_path_option,
-    device_option,
+    devices_option,
     engine_option,
     json_option,
     model_path_option,
@@ -33,6 +33,7 @@ from modelslim.cli.options import (
     tp_option,
     trust_remote_code_option,
     verify_option,
+    workers_option,
     yes_option,
 )
 from modelslim.cli.output import Output, pass_output
@@ -49,7 +50,8 @@ from modelslim.cli.output import Output, pass_output
 @config_path_option
 @calib_samples_option
 @calib_length_option
-@device_option
+@devices_option
+@workers_option
 @engine_option
 @tp_option
 @trust_remote_code_option
@@ -71,6 +73,7 @@ def command(
     calib_samples: int | None,
     calib_length: int | None,
     device: str | None,
+    workers: int | None,
     engine: str | None,
     tp: int,
     trust_remote_code: bool,
@@ -91,17 +94,23 @@ def command(
     prepare_threads()
     from modelslim.cli.progress import progress
     from modelslim.convert_protocol import read_conversion
-    from modelslim.plan import make_plan
-    from modelslim.run import run_plan
+    from modelslim.launch import crew, is_first_process
+    from modelslim.run import plan_as, run_plan
     from modelslim.writer import check_save_path
 
     start = time.monotonic()
-    check_save_path(save_path, model_path)
-    wanted = Asked(config_path, quant_type, tags, practice_folders, model_path, model_type, engine)
-    protocol, engine, practice = find_protocol(output, wanted)
-    if practice is not None:
-        settle(output, practice, yes)
-    asked = read_conversion(protocol)
+    if is_first_process():
+        check_save_path(save_path, model_path)
+    else:
+        output.mode = "quiet"
+    found = find_protocol(Asked(config_path, quant_type, tags, practice_folders, model_path, model_type, engine))
+    engine, practice = found.engine, found.practice
+    if is_first_process():
+        for remark in found.remarks:
+            output.warn(remark)
+        if practice is not None:
+            settle(output, practice, yes)
+    asked = read_conversion(found.protocol)
     for warning in asked.warnings if asked else ():
         output.warn(warning)
     if asked and (calib_samples or calib_length):
@@ -121,26 +130,29 @@ def command(
         return
     # What a plugin prints is not this command's result.
     with (
-        asked.protocol_file() if asked else nullcontext(protocol) as protocol,
+        asked.protocol_file() if asked else nullcontext(found.protocol) as protocol,
         progress(output, "quantizing") as observers,
         redirect_stdout(sys.stderr),
     ):
-        plan = make_plan(
-            model_path,
-            protocol,
-            device=device,
-            model_type=model_type,
-            trust_remote_code=trust_remote_code,
-            engine=engine,
-            tp=tp,
-            calib_samples=calib_samples,
-            calib_length=calib_length,
-            practice=practice,
-            observers=observers,
-        )
-        for warning in plan.warnings:
-            output.warn(warning)
-        report = run_plan(plan, save_path, check=check, restart=restart, say=output.note)
+        planned = {
+            "model_path": str(model_path),
+            "config_path": str(protocol),
+            "model_type": model_type,
+            "trust_remote_code": trust_remote_code,
+            "engine": engine,
+            "tp": tp,
+            "calib_samples": calib_samples,
+            "calib_length": calib_length,
+        }
+        with crew(device, workers, {"save_path": str(save_path), "planned": planned}) as members:
+            plan = plan_as(members, planned, observers, practice)
+            for warning in plan.warnings if members.rank == 0 else ():
+                output.warn(warning)
+            output.note(f"runner {plan.runner}: {plan.runner_why}")
+            with members.meet() as ranks:
+                report = run_plan(plan, save_path, check=check, restart=restart, say=output.note, ranks=ranks)
+    if not report:
+        return
     unseen = idle_experts(report)
     if unseen:
         borrowed = sum(len(unit.get("borrowed", ())) for unit in report["units"])
