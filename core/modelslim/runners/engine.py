@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modelslim.activations import Boundary
+from modelslim.batches import batched
 from modelslim.devices import synchronize, work_alone
 from modelslim.edits import stored_edits
 from modelslim.inputs import model_inputs
@@ -112,6 +113,8 @@ class Engine:
         if plan.session.has("enable_kv_cache"):
             plan.session.enable_kv_cache(self._model, False)
         inputs = model_inputs(plan.session, plan.samples, plan.device, plan.calib_length)
+        if not plan.replays:  # an algorithm that runs the unit itself counts samples
+            inputs = batched(inputs)
         rounds = merge_order([tokens_of(one) for one in inputs], self._ranks.size)[self._ranks.rank]
         numbers = [number for group in rounds for number in group]
         place = {number: index for index, number in enumerate(numbers)}
