@@ -238,3 +238,12 @@ def test_typical_slips_get_the_nearest_right_thing(here: Program, paths: tuple[s
 )
 def test_a_tag_takes_all_words_up_to_the_next_option(given: list[str], expected: list[str]) -> None:
     assert list(_with_tags_apart(given)) == expected
+
+
+def test_ranks_share_a_practice_and_its_limits(program: Program, paths: tuple[str | Path, ...], tmp_path: Path) -> None:
+    words = ("--model_type", MEASURED, "--quant_type", "w8a8", "--workers", "2", "--calib_samples", "4")
+    done = program("quant", *paths, *words, "--calib_length", "16", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("chosen because") == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert (report["practice"]["config_id"], report["samples"], report["calib_length"]) == ("default_w8a8", 4, 16)
