@@ -150,13 +150,16 @@ class Choice:
         (directory / self.filename).write_text(f"# {self.line}\n# copied from {self.practice.file}\n{text}", "utf-8")
 
 
-def find_model(config: Mapping[str, Any] | None, model_type: str | None, registry: Registry) -> Model:
+def find_model(
+    config: Mapping[str, Any] | None, model_type: str | None, registry: Registry, verified: Sequence[str] = ()
+) -> Model:
     """What is known of a model.
 
     Args:
         config: config.json of the model; None when there is only the name.
         model_type: published name or model_type, as given; None to go by config.json.
         registry: the installed plugins.
+        verified: further names that are known, because practices are verified for them.
 
     Raises:
         ModelError, PluginError: as of ``choose_adapter``.
@@ -169,12 +172,13 @@ def find_model(config: Mapping[str, Any] | None, model_type: str | None, registr
         kind = next((one for one in ("models", "adapters") if registry.claims(one, model_type)), "adapters")
         name = model_type if registry.claims(kind, model_type) else GENERIC
         names, remark = (model_type,), ""
-        if name == GENERIC:
-            known = nearest(model_type, [*registry.names("models"), *registry.names("adapters")])
+        if name == GENERIC and model_type not in verified:
             remark = f"no adapter is registered for {model_type}, so the one for any model would serve it"
-            remark += f"; {known}" if known.startswith("did you mean") else ""
     else:
         raise UsageError("neither a model nor a name of one is given", hint="--model_type or --model_path says which")
+    if remark and model_type and "did you mean" not in remark:
+        meant = nearest(model_type, [*registry.names("models"), *registry.names("adapters"), *verified])
+        remark += f" ({meant})" if meant.startswith("did you mean") and model_type not in verified else ""
     row = next((one for one in registry.entries if (one.kind, one.name) == (kind, name)), None)
     return Model(names, row.distribution if row else "", remark)
 

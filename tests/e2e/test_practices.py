@@ -106,6 +106,18 @@ def test_without_a_terminal_and_without_yes_nothing_is_done(
     assert (tmp_path / "out" / "Qwen2.5-7B-Instruct_best_practice.yaml").exists()
 
 
+def test_a_slip_in_the_name_is_told_once_before_anything_is_done(
+    here: Program, paths: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    words = ("quant", *paths, *SHORT, "--model_type", "SmolLM2-135M-Instrct", "--quant_type", "w8a16")
+    done = here(*words)
+    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert "did you mean 'SmolLM2-135M-Instruct'?" in done.stderr
+    done = here(*words, "--yes")
+    assert done.returncode == 0
+    assert done.stderr.count("did you mean") == done.stderr.count("no adapter is registered") == 1
+
+
 def test_no_type_at_all_is_a_question_about_w8a8(here: Program, paths: tuple[str | Path, ...], tmp_path: Path) -> None:
     words = ("quant", *paths, *SHORT, "--model_type", MEASURED)
     done = here(*words)

@@ -202,7 +202,11 @@ def test_the_name_of_a_model_is_looked_up_as_by_the_registry() -> None:
     assert find_model(None, "Qwen3-VL-30B-A3B", REGISTRY).distribution == "modelslim-adapter-qwen3-vl"
     slip = find_model(None, "Qwen3-VL-30B-A3", REGISTRY)
     assert slip.distribution == "modelslim-adapter-transformers"
-    assert slip.remark.endswith("did you mean 'Qwen3-VL-30B-A3B'?")
+    assert slip.remark.endswith("(did you mean 'Qwen3-VL-30B-A3B'?)")
+    assert find_model(None, "Acme-9b", REGISTRY, ["Acme-9B"]).remark.endswith("(did you mean 'Acme-9B'?)")
+    assert find_model(None, "Acme-9B", REGISTRY, ["Acme-9B"]).remark == ""
+    llama = {"model_type": "llama", "architectures": ["X"]}
+    assert find_model(llama, "Acme-9b", REGISTRY, ["Acme-9B"]).remark.endswith("(did you mean 'Acme-9B'?)")
     config = {"model_type": "qwen3_vl_moe", "architectures": ["X"]}
     assert find_model(config, "Qwen3-VL-30B-A3B", REGISTRY).names == ("Qwen3-VL-30B-A3B", "qwen3_vl_moe")
     with pytest.raises(UsageError):

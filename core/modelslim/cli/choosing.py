@@ -98,7 +98,8 @@ def look_up(asked: Asked) -> tuple[Request, list[Verdict], list[str]]:
     registry = Registry.scan()
     practices = find_practices(registry, asked.folders)
     config = None if asked.model_path is None else read_json(asked.model_path / "config.json")
-    model = find_model(config, asked.model_type, registry)
+    verified = sorted({name for one in practices for name in one.verified})
+    model = find_model(config, asked.model_type, registry, verified)
     tags = read_tags(asked.tags, registry, used_tags(practices))
     broken = [f"{one.file} is no practice: {one.problem}" for one in practices if one.problem]
     request = Request(model, quant_type, tags, asked.engine or tags.engine)
@@ -114,17 +115,23 @@ def settle(output: Output, choice: Choice, yes: bool) -> None:
     """
     if not choice.needs_consent:
         output.note(choice.line)
-    elif yes:
-        output.warn(f"{choice.line}; taken because of --yes")
-    elif _can_ask():
-        output.warn(choice.line)
-        if not click.confirm("Take this practice?", default=False, err=True):
-            raise UsageError("the practice was not taken", hint=_REMEDY)
-    else:
+        return
+    remark = choice.request.model.remark
+    if not yes and not _can_ask():
         raise UsageError(
             f"this needs a confirmation, and there is no terminal to ask on; it would be: {choice.line}",
-            hint=f"--yes takes it; {_REMEDY}",
+            hint="; ".join(filter(None, ["--yes takes it", remark, _REMEDY])),
         )
+    if remark:
+        output.warn(remark)
+    output.warn(f"{choice.line}; taken because of --yes" if yes else choice.line)
+    if not yes and not click.confirm("Take this practice?", default=False, err=True):
+        raise UsageError("the practice was not taken", hint=_REMEDY)
+
+
+def is_told(warning: str, choice: Choice | None) -> bool:
+    """True for a warning of the plan that :func:`settle` has told already."""
+    return choice is not None and choice.needs_consent and choice.request.model.remark.startswith(warning)
 
 
 _REMEDY = "`modelslim practices why` shows what else there is; --config_path names a protocol of yours"

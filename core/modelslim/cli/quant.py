@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from modelslim.cli.choosing import Asked, find_protocol, settle
+from modelslim.cli.choosing import Asked, find_protocol, is_told, settle
 from modelslim.cli.convert import convert_and_show
 from modelslim.cli.options import (
     TagCommand,
@@ -147,7 +147,8 @@ def command(
         with crew(device, workers, {"save_path": str(save_path), "planned": planned}) as members:
             plan = plan_as(members, planned, observers, practice)
             for warning in plan.warnings if members.rank == 0 else ():
-                output.warn(warning)
+                if not is_told(warning, practice):
+                    output.warn(warning)
             output.note(f"runner {plan.runner}: {plan.runner_why}")
             with members.meet() as ranks:
                 report = run_plan(plan, save_path, check=check, restart=restart, say=output.note, ranks=ranks)
