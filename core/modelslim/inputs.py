@@ -65,14 +65,17 @@ def _unpadded(inputs: Any, number: int) -> Any:
 
 
 def _mask(inputs: Any) -> Tensor | None:
-    """The attention mask [rows, tokens] of an input; None when it has none of this shape."""
+    """The attention mask [rows, tokens] of an input, as truth values; None when it has none of this shape."""
     mask = None
     if isinstance(inputs, Mapping):
         mask = inputs.get(MASK)
     elif (
         isinstance(inputs, list | tuple) and len(inputs) == 2
     ):  # ids and mask, as adapters of the existing tool have it
-        mask = inputs[1]
+        ids, mask = inputs
+        is_mask = isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.shape == mask.shape
+        # Two positions, 0 and 1, would look the same.
+        mask = mask if is_mask and mask.shape[-1] > 2 and bool(((mask == 0) | (mask == 1)).all()) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
         return None
     return mask != 0

@@ -61,7 +61,9 @@ def test_padding_on_either_side_is_taken_out(shown: tuple[int, ...], expected: l
 
 
 def test_what_is_not_padded_is_handed_on_as_it_is() -> None:
-    for inputs in ({"input_ids": IDS}, {"input_ids": IDS, "attention_mask": mask(1, 1, 1, 1)}, [IDS, None], "anything"):
+    positions = torch.arange(4)[None]
+    others: list[Any] = [[IDS, None], [IDS, positions], [IDS[:, :2], positions[:, :2]], [IDS, IDS[:, 1:]], "anything"]
+    for inputs in ({"input_ids": IDS}, {"input_ids": IDS, "attention_mask": mask(1, 1, 1, 1)}, *others):
         assert made(inputs) is inputs
 
 
