@@ -69,10 +69,8 @@ def _mask(inputs: Any) -> Tensor | None:
     mask = None
     if isinstance(inputs, Mapping):
         mask = inputs.get(MASK)
-    elif (
-        isinstance(inputs, list | tuple) and len(inputs) == 2
-    ):  # ids and mask, as adapters of the existing tool have it
-        ids, mask = inputs
+    elif isinstance(inputs, list | tuple) and len(inputs) == 2:
+        ids, mask = inputs  # as adapters of the existing tool have it
         is_mask = isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.shape == mask.shape
         # Two positions, 0 and 1, would look the same.
         mask = mask if is_mask and mask.shape[-1] > 2 and bool(((mask == 0) | (mask == 1)).all()) else None
