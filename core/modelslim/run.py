@@ -139,7 +139,7 @@ def run_plan(
         save_path: where the result goes.
         check: verify the result before it gets its name.
         restart: begin anew what an interrupted run left.
-        say: called with what the user should know of an interrupted run that is continued.
+        say: called with what the user should know of an interrupted run that is continued, and of the verification.
         ranks: who shares the run, each with the same plan; the first one writes, checks and reports.
 
     Returns:
@@ -165,6 +165,8 @@ def run_plan(
         if plan.practice is not None:
             plan.practice.write(output.path)
         if check:
+            size = sum(record.nbytes for record in records)
+            say(f"verifying {len(records)} tensors, {size / 1e6:,.1f} MB")
             _verify(plan, output, units)
             report["verified"] = True
             write_json(output.path / REPORT, report)
