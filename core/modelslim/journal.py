@@ -29,6 +29,7 @@ _WORDS = {
     "source": "the source model",
     "protocol": "the protocol",
     "dataset": "the calibration data",
+    "calib_length": "the length of calibration texts",
     "adapter": "the adapter",
     "device": "the device",
     "computer": "the computer",

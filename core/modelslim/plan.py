@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -21,6 +21,7 @@ from modelslim.edits import stored_name
 from modelslim.engine_rules import Target, check_model, choose_target
 from modelslim.errors import DatasetError, Diagnostic, ModelSlimError, ProtocolError
 from modelslim.guard import prove_forward
+from modelslim.inputs import holds_media
 from modelslim.kv_cache import attentions, open_places
 from modelslim.loader import Loader
 from modelslim.model_info import ModelInfo, describe, other_matrices
@@ -44,6 +45,9 @@ from modelslim.session import Session
 from modelslim.types import Problem, QuantSpec, Topology
 from modelslim.vlm_dataset import read_vlm_samples
 
+if TYPE_CHECKING:
+    from modelslim.practice_choice import Choice
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -62,6 +66,7 @@ class Plan:
         planned: what the saver was told, of all stages.
         samples: calibration samples of this stage; empty when none of its algorithms needs any.
         dataset: the file or directory that they come from.
+        calib_length: tokens after which a text is cut; None for never.
         device: torch device of the computation.
         runner: name of the runner.
         runner_why: why that one, in a few words.
@@ -70,6 +75,7 @@ class Plan:
         rescaled: full names of the parameters that smoothing changes.
         added: full names of the biases that smoothing adds to modules without one.
         target: the engine that the result is checked for; None when no contract of it is known.
+        practice: how the protocol was chosen; None when the user named it.
         warnings: what the user should know and what does not stop the run.
         stage: number of the prior stage, from 0; None for the main one.
         prior: the stages before the main one, in order; empty for a prior stage.
@@ -87,6 +93,7 @@ class Plan:
     planned: PlannedModel
     samples: Sequence[Any]
     dataset: Path | None
+    calib_length: int | None
     device: str
     runner: str
     runner_why: str
@@ -95,6 +102,7 @@ class Plan:
     rescaled: frozenset[str]
     added: frozenset[str]
     target: Target | None
+    practice: Choice | None
     warnings: Sequence[str]
     stage: int | None = None
     prior: Sequence[Plan] = ()
@@ -187,6 +195,9 @@ def make_plan(
     trust_remote_code: bool = False,
     engine: str | None = None,
     tp: int = 1,
+    calib_samples: int | None = None,
+    calib_length: int | None = None,
+    practice: Choice | None = None,
     ranks: int = 1,
     observers: Sequence[tuple[str, object]] = (),
 ) -> Plan:
@@ -201,6 +212,9 @@ def make_plan(
         engine: refuse what this engine does not load, such as ``vllm-ascend`` or ``vllm-0.32``; None to be warned
             of what the engine that the format is for does not load.
         tp: the engine's degree of tensor parallelism.
+        calib_samples: calibrate on at most so many samples; None for as many as the algorithms want.
+        calib_length: tokens after which a calibration text is cut; None for never.
+        practice: how the protocol was chosen, for the report; None when the user named it.
         ranks: how many processes share the run, each with a device of its own.
         observers: further plugins of this run, by name.
 
@@ -281,7 +295,9 @@ def make_plan(
     datasets = _find_datasets(protocol, stages, checks, registry, config_path.parent, info, model)
     with _together_with(diagnostics):
         read = {dataset: _read(dataset, protocol) for dataset in dict.fromkeys(datasets)}
-        samples = [_wanted(read[one][0], own, info, model) for one, own in zip(datasets, stages, strict=True)]
+        samples = [
+            _wanted(read[one][0], own, info, model, calib_samples) for one, own in zip(datasets, stages, strict=True)
+        ]
         unproven: Sequence[str] = ()
         if any(samples):
             unproven = prove_forward(session, model, checkpoint, kind, name, trust_remote_code, registry)
@@ -302,6 +318,7 @@ def make_plan(
         planned=planned,
         samples=samples[-1],
         dataset=datasets[-1],
+        calib_length=calib_length,
         device=resolved,
         runner=runner.name,
         runner_why=runner.why,
@@ -310,10 +327,12 @@ def make_plan(
         rescaled=rescaled,
         added=added,
         target=target,
+        practice=practice,
         warnings=[
             *([remark] if remark else []),
             *runner.warnings,
             *(remark for _, remarks in read.values() for remark in remarks),
+            *_left_long([one for some in samples for one in some], calib_length),
             *unproven,
             *checks.warnings,
             *_left_float(info, model),
@@ -377,11 +396,19 @@ def _read(dataset: Path | None, protocol: Protocol) -> tuple[Sequence[Any], list
     return read_samples(dataset), []
 
 
-def _wanted(samples: Sequence[Any], steps: Sequence[Step], info: ModelInfo, model: nn.Module) -> Sequence[Any]:
-    """As many of the samples as the algorithms want that calibrate, evenly spread."""
+def _wanted(
+    samples: Sequence[Any], steps: Sequence[Step], info: ModelInfo, model: nn.Module, at_most: int | None
+) -> Sequence[Any]:
+    """As many of the samples as the algorithms want that calibrate and as the user allows, evenly spread."""
     limits = [step.algorithm.samples for step in steps if needs_calibration([step], info, model)]
     most = max((len(samples) if limit is None else limit for limit in limits), default=0)
-    return choose_samples(samples, most)
+    return choose_samples(samples, most if at_most is None else min(most, at_most))
+
+
+def _left_long(samples: Sequence[Any], calib_length: int | None) -> list[str]:
+    """A warning when samples will not be cut, because images, audio or video stand among their tokens."""
+    count = 0 if calib_length is None else sum(map(holds_media, samples))
+    return [f"--calib_length cuts texts only: {count} samples with images, audio or video stay whole"] if count else []
 
 
 @contextmanager

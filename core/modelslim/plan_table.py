@@ -66,9 +66,11 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "device": plan.device,
         "runner": plan.runner,
         "engine": plan.target.contract.name if plan.target else None,
+        "practice": plan.practice.as_data() if plan.practice else None,
         "units": len(plan.info.units),
         "dataset": str(plan.dataset) if plan.dataset else None,
         "samples": len(plan.samples),
+        "calib_length": plan.calib_length,
         "forward_passes": forward_passes(plan),
         "prior": [
             {
