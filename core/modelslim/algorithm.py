@@ -14,6 +14,7 @@ from modelslim.types import CacheInfo, LinearInfo, Problem, ProcessRequest, Quan
 if TYPE_CHECKING:
     from torch import nn
 
+    from modelslim.context import Namespace
     from modelslim.kv_cache import QuantizedCache
     from modelslim.statistics import Statistic, UnitStatistics
 
@@ -32,7 +33,7 @@ class Unit:
     Attributes:
         name: dotted path of the unit in the model; empty for the linears outside all units.
         linears: the unit's linears by their full names, with their weights loaded; those of fused
-            experts as one ``ExpertLinear`` under its own name.
+            experts as one ``ExpertLinear`` under its own name. Those that an earlier stage quantizes are missing.
         specs: what the plan gave to *this* algorithm, by the same names; a subset of ``linears``.
         modules: every module of the unit by its full name, norms and routers included.
         subgraphs: what smoothing may rescale in this unit, as the adapter says; empty unless an
@@ -45,10 +46,12 @@ class Unit:
             through which keys and values enter them, which are measured like linears.
         targets: what the unit returns for each of these calls in the float model, whose earlier units
             are float too; so they differ from the output on ``calls`` when those carry the errors of
-            earlier units. Must not be changed.
+            earlier units. Must not be changed. Behind prior stages the float model is what they made of it.
         ranks: the processes that share the run. All of them call ``apply`` with the same values, so that an
             algorithm may divide its work among them and gather what they found; none of them may leave out a
             ``gather``. Most algorithms have no use for it.
+        context: the namespaces that the algorithm's ``hands_over`` and ``takes_over`` name; filled for ``apply``.
+            All ranks must write the same.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Unit:
     targets: Sequence[Any] = ()
     caches: Mapping[str, TensorSpec] = field(default_factory=dict)
     ranks: Ranks = ALONE
+    context: Mapping[str, Namespace] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,9 @@ class Algorithm(Processor, ABC):
         samples: how many calibration samples it wants at most, evenly spread; None for all. A run takes
             as many as its algorithms want that calibrate.
         fallback: what becomes of its linears where the result is bad; None keeps them.
+        hands_over: namespaces of the context that ``apply`` writes, unit by unit, for algorithms of later stages.
+            A run that continues after an interruption reads them from the disk.
+        takes_over: namespaces that ``apply`` reads, and that an algorithm of an earlier stage must hand over.
     """
 
     rescales: bool = False
@@ -128,6 +135,8 @@ class Algorithm(Processor, ABC):
     replays: bool = False
     samples: int | None = None
     fallback: Fallback | None = None
+    hands_over: frozenset[str] = frozenset()
+    takes_over: frozenset[str] = frozenset()
 
     requires: ClassVar[frozenset[str]] = frozenset()
     takes_experts: ClassVar[bool] = False

@@ -3,6 +3,7 @@
 
 from modelslim.algorithm import Algorithm, Entry, Fallback, Pattern, Processor, Unit
 from modelslim.checkpoint import Checkpoint, StoredTensor
+from modelslim.context import Namespace
 from modelslim.devices import one_thread
 from modelslim.driver import drive
 from modelslim.edits import add_bias
@@ -103,6 +104,7 @@ __all__ = [
     "LinearInfo",
     "ModelError",
     "ModelSlimError",
+    "Namespace",
     "Pattern",
     "PlannedLinear",
     "PlannedModel",

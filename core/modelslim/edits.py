@@ -42,6 +42,15 @@ def stored_edits(plan: Plan, model: nn.Module, names: Iterable[str]) -> Iterator
         yield stored, tensor.clone()
 
 
+def edited_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Edited parameters by their names in the model, added biases among them."""
+    found = {}
+    for name in sorted(names):
+        owner, _, part = name.rpartition(".")
+        found[name] = getattr(model.get_submodule(owner), part).detach()
+    return found
+
+
 def stored_name(name: str, sources: Mapping[str, WeightSource]) -> str:
     """Under which name a parameter is written; of one that was added, beside the weight of its module."""
     if name in sources:

@@ -340,8 +340,8 @@ def unit_started(name: str, index: int, total: int) -> None:
 
     Args:
         name: the unit.
-        index: its number, from 0.
-        total: how many units there are.
+        index: its number, from 0; units are counted through all stages of the run.
+        total: how many units the stages work on together.
 
     Returns:
         Nothing; all observers are called.
@@ -359,8 +359,8 @@ def unit_finished(name: str, index: int, total: int, record: Mapping[str, Any]) 
 
     Args:
         name: the unit.
-        index: its number, from 0.
-        total: how many units there are.
+        index: its number, from 0; units are counted through all stages of the run.
+        total: how many units the stages work on together.
         record: the unit's entry of report.json: seconds by phase, linears, tokens.
 
     Returns:

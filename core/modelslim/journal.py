@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The journal of a run: what the run is, and what of it lies on the disk.
 
-Its first line is a header that says all that shapes the result. Every further line stands for a unit whose
-tensors have been written. The line that a killed process was writing is cut in half, and counts for nothing.
+Its first line is a header that says all that shapes the result. Every further line stands for a prior stage that
+is done, or for a unit whose tensors have been written. The line that a killed process was writing is cut in half,
+and counts for nothing.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,67 @@ class FinishedUnit:
 
 
 @dataclass(frozen=True)
+class StageUnit:
+    """What a prior stage left of a unit, by the names of the tensors that it keeps in files of its own.
+
+    Attributes:
+        modules: the spec of each module that took a linear's place, by name.
+        caches: the spec of each quantized key/value cache, by the name of its place.
+        edited: names of the parameters that were changed or added and stay float.
+        multipliers: name of the tensor by which the input of a float linear is multiplied, by the linear's name;
+            linears of one tensor share the product. All of the unit, those of earlier stages too.
+    """
+
+    modules: Mapping[str, QuantSpec] = field(default_factory=dict)
+    caches: Mapping[str, TensorSpec] = field(default_factory=dict)
+    edited: Sequence[str] = ()
+    multipliers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FinishedStage:
+    """A line of the journal: a prior stage that is done.
+
+    Attributes:
+        stage: its number, from 0.
+        units: what it left, by unit; empty for what lies outside the units.
+        records: its units' records in the report.
+    """
+
+    stage: int
+    units: Mapping[str, StageUnit]
+    records: Sequence[Mapping[str, Any]]
+
+    def as_data(self) -> dict[str, Any]:
+        """As JSON values; specs are written once each."""
+        specs: dict[QuantSpec | TensorSpec, int] = {}
+
+        def numbers(named: Mapping[str, QuantSpec] | Mapping[str, TensorSpec]) -> dict[str, int]:
+            return {name: specs.setdefault(spec, len(specs)) for name, spec in named.items()}
+
+        units = {
+            name: [numbers(unit.modules), numbers(unit.caches), list(unit.edited), dict(unit.multipliers)]
+            for name, unit in self.units.items()
+        }
+        records = [dict(record) for record in self.records]
+        return {"stage": self.stage, "specs": [asdict(spec) for spec in specs], "units": units, "records": records}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> FinishedStage:
+        """The reverse of ``as_data``."""
+        specs: list[Any] = [_spec(value) for value in data["specs"]]
+
+        def named(numbers: Mapping[str, int]) -> dict[str, Any]:
+            return {name: specs[number] for name, number in numbers.items()}
+
+        units = {
+            name: StageUnit(named(modules), named(caches), edited, multipliers)
+            for name, (modules, caches, edited, multipliers) in data["units"].items()
+        }
+        return cls(data["stage"], units, data["records"])
+
+
+@dataclass(frozen=True)
 class Rest:
     """What a run left behind.
 
@@ -130,11 +192,18 @@ class Rest:
         header: what the run was.
         units: what it finished, in order.
         nbytes: length of the journal up to the last whole line.
+        stages: the prior stages that it finished before, in order.
     """
 
     header: Mapping[str, Any]
     units: Sequence[FinishedUnit]
     nbytes: int
+    stages: Sequence[FinishedStage] = ()
+
+
+def is_whole(units: Sequence[FinishedUnit]) -> bool:
+    """True when all tensors are written: the last line, of what no unit has, says nothing for the report."""
+    return bool(units) and units[-1].report is None
 
 
 def read_rest(file: Path) -> Rest | None:
@@ -147,11 +216,12 @@ def read_rest(file: Path) -> Rest | None:
         header, *lines = [json.loads(line) for line in whole.splitlines()] or [{}]
     except ValueError:  # no journal of ours
         return None
-    if not lines or any("unit" not in line for line in lines):
+    if not lines or any("unit" not in line and "stage" not in line for line in lines):
         return None
     if header.get("journal") != VERSION:  # what its lines mean is not known; the headers are compared first
         return Rest(header, (), len(whole))
-    return Rest(header, [FinishedUnit.from_data(line) for line in lines], len(whole))
+    stages = [FinishedStage.from_data(line) for line in lines if "stage" in line]
+    return Rest(header, [FinishedUnit.from_data(line) for line in lines if "unit" in line], len(whole), stages)
 
 
 def refuse_changes(partial: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from modelslim.checkpoint import Checkpoint
 from modelslim.errors import Diagnostic, ModelError, nearest
 from modelslim.types import WeightSource
+
+if TYPE_CHECKING:
+    from modelslim.overlay import Overlay
 
 
 class Loader:
@@ -24,13 +27,20 @@ class Loader:
         checkpoint: the source.
         sources: stored tensors by parameter name, from the adapter; None when names are the same.
         device: where parameters go.
+        overlay: parameters that an earlier stage of the run has changed, which come from there.
     """
 
     def __init__(
-        self, model: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, WeightSource] | None, device: str
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        sources: Mapping[str, WeightSource] | None,
+        device: str,
+        overlay: Overlay | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._device = device
+        self._overlay = overlay
         self.sources = sources if sources is not None else {name: WeightSource((name,)) for name in checkpoint.tensors}
         self._slots: dict[str, tuple[nn.Module, str]] = {}
         self._meta: dict[str, Tensor] = {}
@@ -47,6 +57,7 @@ class Loader:
         self._names = {name: group for names in shared.values() for group in self._tied(names) for name in group}
         self._sorted = sorted(self._meta)
         self._filled: set[str] = set()
+        self._fills = False
 
     def _tied(self, names: list[str]) -> list[list[str]]:
         """Names of one parameter, by the tensor that fills them: a checkpoint may store two where the model ties."""
@@ -130,7 +141,8 @@ class Loader:
         Raises:
             ModelError: not in the checkpoint, of another shape, or not finite.
         """
-        tensors: dict[str, Tensor] = {}
+        tensors = self._changed(names)
+        names = [name for name in names if name not in tensors]
         waiting = Counter(key for name in names for key in self.source(name).keys)
         # Many parameters may be cut out of one stored tensor, which is read once.
         shared: dict[str, Tensor] = {}
@@ -155,6 +167,13 @@ class Loader:
             tensors[name] = tensor.to(device=self._device, dtype=meta.dtype)
         return tensors
 
+    def _changed(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Those of some parameters that an earlier stage has changed."""
+        if self._overlay is None:
+            return {}
+        known = {name: alias for name in names for alias in self._names[name] if alias in self._overlay}
+        return {name: self._overlay.read(alias).to(self._device) for name, alias in known.items()}
+
     def install(self, tensors: Mapping[str, Tensor]) -> None:
         """Put parameters into the model, under all names that share them."""
         for name, tensor in tensors.items():
@@ -170,7 +189,10 @@ class Loader:
                 self._put(alias, self._meta[alias])
 
     def fill_on_demand(self, units: Sequence[str]) -> None:
-        """Fill every module outside the units when it is called, and never if it is not."""
+        """Fill every module outside the units when it is called, and never if it is not; asked again, do no more."""
+        if self._fills:
+            return
+        self._fills = True
         inside = tuple(f"{unit}." for unit in units)
         waiting: dict[nn.Module, list[str]] = defaultdict(list)
         # The forward of a module around a unit is still on its way when the unit is waited for.

@@ -7,7 +7,7 @@ a hook of the module multiplies; the quantized linear that replaces it holds the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -91,6 +91,29 @@ def input_multiplier(linear: nn.Module) -> Tensor | None:
     """By what the input of a float linear is multiplied, float32 [in] or [experts, in]; None for most."""
     found = _of(linear)
     return None if found is None else found.multiplier
+
+
+def shared_multipliers(linears: Mapping[str, nn.Module]) -> list[tuple[list[str], Tensor]]:
+    """The multipliers of float linears, each with the names of the linears that share the product."""
+    groups: dict[int, tuple[list[str], Tensor]] = {}
+    for name, linear in linears.items():
+        found = _of(linear)
+        if found is not None:
+            groups.setdefault(id(found), ([], found.multiplier))[0].append(name)
+    return list(groups.values())
+
+
+def share_multiplier(linears: Iterable[nn.Module], multiplier: Tensor) -> None:
+    """Multiply what linears read whose weights were divided before.
+
+    Args:
+        linears: they get the very same product of the very same input.
+        multiplier: float32 [in] or [experts, in].
+    """
+    shared = InputMultiplication(multiplier)
+    for linear in linears:
+        drop_input_multiplier(linear)
+        _install(linear, shared)
 
 
 def carry_input_multiplier(linear: nn.Module, stand_in: M) -> M:

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a run needs, checked.
+    """All that a run needs, checked; or all that one of its prior stages needs.
 
     Attributes:
         protocol: what the YAML says.
@@ -61,10 +61,10 @@ class Plan:
         model: the model on meta.
         info: its structure.
         loader: fills ``model`` on ``device``; knows the source of every parameter.
-        steps: the algorithms, in the order of the protocol, groups unfolded.
+        steps: the algorithms of this stage, in the order of the protocol, groups unfolded.
         saver: the saver.
-        planned: what the saver was told.
-        samples: calibration samples; empty when no algorithm needs any.
+        planned: what the saver was told, of all stages.
+        samples: calibration samples of this stage; empty when none of its algorithms needs any.
         dataset: the file or directory that they come from.
         calib_length: tokens after which a text is cut; None for never.
         device: torch device of the computation.
@@ -77,6 +77,8 @@ class Plan:
         target: the engine that the result is checked for; None when no contract of it is known.
         practice: how the protocol was chosen; None when the user named it.
         warnings: what the user should know and what does not stop the run.
+        stage: number of the prior stage, from 0; None for the main one.
+        prior: the stages before the main one, in order; empty for a prior stage.
     """
 
     protocol: Protocol
@@ -102,10 +104,17 @@ class Plan:
     target: Target | None
     practice: Choice | None
     warnings: Sequence[str]
+    stage: int | None = None
+    prior: Sequence[Plan] = ()
+
+    @property
+    def stages(self) -> Sequence[Plan]:
+        """All stages in the order in which they run, the main one last."""
+        return (*self.prior, self)
 
     @property
     def specs(self) -> Mapping[str, QuantSpec]:
-        """What the quantized linears become, by name."""
+        """What the quantized linears become, by name; those of all stages."""
         return self.planned.specs
 
     @property
@@ -120,8 +129,19 @@ class Plan:
         return any(step.algorithm.replays for step in self.steps)
 
     def claimed(self, unit: str) -> dict[str, QuantSpec]:
-        """What the modules of a unit become whose linears are quantized, by name."""
-        return {one.module: self.specs[one.name] for one in self.info.by_unit[unit] if one.name in self.specs}
+        """What the modules of a unit become whose linears are quantized by this stage, by name."""
+        return {one.module: self._own[one.name] for one in self.info.by_unit[unit] if one.name in self._own}
+
+    @property
+    def works_outside(self) -> bool:
+        """True when something outside the units is quantized here, or was before and is to be written."""
+        known = self._own if self.stage is not None else self.specs
+        return any(one.name in known for one in self.info.by_unit[""])
+
+    @cached_property
+    def _own(self) -> Mapping[str, QuantSpec]:
+        """What this stage makes of which linears."""
+        return {linear: spec for step in self.steps for linear, spec in step.specs.items()}
 
     def stored_keys(self, parameter: str) -> tuple[str, ...]:
         """Names of the stored tensors that make a parameter; none for one that was added."""
@@ -138,6 +158,16 @@ class Plan:
             sizes.update(self.saver.encoded_sizes(self.planned.linears[name], spec, self.info.dtype))
         for name, cache in self.planned.caches.items():
             sizes.update(self.saver.cache_sizes(cache, self.planned.cache_specs[name], self.info.dtype))
+        return sizes
+
+    def kept_bytes(self) -> int:
+        """How much prior stages write beside the result, at most, until the run is done."""
+        meta, sizes = self.loader.parameters, 0
+        for stage in self.prior:
+            names = find_rescaled(stage.steps, self.info, self.model)
+            sizes += sum(meta[name].numel() * meta[name].element_size() for name in names if name in meta)
+            for unit in (*self.info.units, ""):  # codes take a byte each, their scales less
+                sizes += sum(2 * self.model.get_parameter(f"{name}.weight").numel() for name in stage.claimed(unit))
         return sizes
 
     @cached_property
@@ -209,7 +239,7 @@ def make_plan(
         loader.require_fit()
         info = describe(model, list(session.generate_model_visit(model)), loader)
     checks = Checks(protocol.document, info, diagnostics)
-    steps = checks.steps(((entry.path, entry.config) for entry in protocol.process), registry)
+    steps = checks.steps(((entry.path, entry.config) for entry in protocol.entries), registry)
     checks.unsupported(protocol)
     if not protocol.save:  # the only entry has a mistake, which is among the diagnostics
         raise _refusal(config_path, diagnostics)
@@ -259,18 +289,23 @@ def make_plan(
     checks.edits(steps, model, loader.sources)
     checks.multipliers(saver, multiplied)
     check_stored(steps, saver, checks)
-    calibrate = needs_calibration(steps, info, model)
-    checks.hooks(steps, session, calibrate)
-    dataset = _find_dataset(protocol, checks, registry, config_path.parent, calibrate)
+    stages = by_stage(protocol, steps)
+    checks.contexts(stages)
+    checks.hooks(steps, session, needs_calibration(steps, info, model))
+    datasets = _find_datasets(protocol, stages, checks, registry, config_path.parent, info, model)
     with _together_with(diagnostics):
-        samples, remarks = _read(dataset, protocol)
-        samples = _wanted(samples, steps, info, model, calib_samples)
-        unproven = prove_forward(session, model, checkpoint, kind, name, trust_remote_code, registry) if samples else []
+        read = {dataset: _read(dataset, protocol) for dataset in dict.fromkeys(datasets)}
+        samples = [
+            _wanted(read[one][0], own, info, model, calib_samples) for one, own in zip(datasets, stages, strict=True)
+        ]
+        unproven: Sequence[str] = ()
+        if any(samples):
+            unproven = prove_forward(session, model, checkpoint, kind, name, trust_remote_code, registry)
     runner = choose_runner(protocol, ranks, registry)
     diagnostics += runner.refusals
     if diagnostics:
         raise _refusal(config_path, diagnostics)
-    return Plan(
+    plan = Plan(
         protocol=protocol,
         checkpoint=checkpoint,
         session=session,
@@ -278,11 +313,11 @@ def make_plan(
         model=model,
         info=info,
         loader=loader,
-        steps=steps,
+        steps=stages[-1],
         saver=saver,
         planned=planned,
-        samples=samples,
-        dataset=dataset,
+        samples=samples[-1],
+        dataset=datasets[-1],
         calib_length=calib_length,
         device=resolved,
         runner=runner.name,
@@ -296,25 +331,60 @@ def make_plan(
         warnings=[
             *([remark] if remark else []),
             *runner.warnings,
-            *remarks,
-            *_left_long(samples, calib_length),
+            *(remark for _, remarks in read.values() for remark in remarks),
+            *_left_long([one for some in samples for one in some], calib_length),
             *unproven,
             *checks.warnings,
             *_left_float(info, model),
         ],
     )
+    prior = [
+        replace(plan, steps=own, samples=some, dataset=dataset, stage=number)
+        for number, (own, some, dataset) in enumerate(zip(stages[:-1], samples[:-1], datasets[:-1], strict=True))
+    ]
+    return replace(plan, prior=prior)
 
 
-def _find_dataset(protocol: Protocol, checks: Checks, registry: Registry, base: Path, calibrate: bool) -> Path | None:
-    """The calibration set, None when it is not wanted; a name that leads nowhere is a mistake in any case."""
-    if not calibrate and "dataset" not in protocol.document.value["spec"]:
-        return None
-    try:
-        dataset = find_dataset(protocol.dataset, registry, base, directories=protocol.is_multimodal)
-    except DatasetError as error:
-        checks.refuse(("spec", "dataset"), error.message, error.hint)
-        return None
-    return dataset if calibrate else None
+def by_stage(protocol: Protocol, steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps of each prior stage and of the main one; each knows what earlier stages quantize."""
+    stages: list[list[Step]] = []
+    done: frozenset[str] = frozenset()
+    for place in (*(stage.path for stage in protocol.prior), ("spec", "process")):
+        own = [replace(step, done=done) for step in steps if step.path[: len(place)] == place]
+        done |= {step.info.linears[linear].module for step in own for linear in step.specs}
+        stages.append(own)
+    return stages
+
+
+def _find_datasets(
+    protocol: Protocol,
+    stages: Sequence[Sequence[Step]],
+    checks: Checks,
+    registry: Registry,
+    base: Path,
+    info: ModelInfo,
+    model: nn.Module,
+) -> list[Path | None]:
+    """The calibration set of each stage, None where none is wanted.
+
+    A name that leads nowhere is a mistake in any case.
+    """
+    named = [(stage.dataset, (*stage.path, "dataset")) for stage in protocol.prior]
+    main = protocol.dataset if "dataset" in protocol.document.value["spec"] else None
+    found: dict[tuple[str | int, ...], Path | None] = {}
+    datasets = []
+    for (value, place), steps in zip([*named, (main, ("spec", "dataset"))], stages, strict=True):
+        calibrate = needs_calibration(steps, info, model)
+        where = place if value is not None else ("spec", "dataset")
+        if where not in found and (calibrate or value is not None):
+            try:
+                name = protocol.dataset if value is None else value
+                found[where] = find_dataset(name, registry, base, directories=protocol.is_multimodal)
+            except DatasetError as error:
+                checks.refuse(where, error.message, error.hint)
+                found[where] = None
+        datasets.append(found[where] if calibrate else None)
+    return datasets
 
 
 def _read(dataset: Path | None, protocol: Protocol) -> tuple[Sequence[Any], list[str]]:

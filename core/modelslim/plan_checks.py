@@ -38,6 +38,7 @@ class Step:
         info: the model's structure.
         subgraphs: what smoothing may rescale, by unit; empty unless some algorithm wants to know.
         caches: what it makes of which key/value caches.
+        done: names of the modules that earlier stages quantize.
     """
 
     algorithm: Algorithm
@@ -46,6 +47,7 @@ class Step:
     info: ModelInfo
     subgraphs: Mapping[str, Sequence[Subgraph]] = field(default_factory=dict)
     caches: Mapping[str, TensorSpec] = field(default_factory=dict)
+    done: frozenset[str] = frozenset()
 
     def unit(self, name: str, model: nn.Module) -> Unit:
         """The unit as this algorithm sees it.
@@ -54,7 +56,8 @@ class Step:
             name: the unit; empty for what lies outside all units.
             model: the model, on meta or with the unit loaded.
         """
-        linears = {holder: model.get_submodule(holder) for holder in self.info.holders[name]}
+        held = [holder for holder in self.info.holders[name] if holder not in self.done]
+        linears = {holder: model.get_submodule(holder) for holder in held}
         specs = {linear: self._by_module[linear] for linear in linears if linear in self._by_module}
         module = model.get_submodule(name) if name else None
         modules = dict(module.named_modules(prefix=name)) if module is not None else {}
@@ -114,8 +117,6 @@ class Checks:
         """Refuse what the schema admits and this version does not do."""
         for other in protocol.save[1:]:
             self.refuse(other.path, "a run writes one format", "keep one entry of save, and run again for the other")
-        for stage in protocol.prior:
-            self.refuse(stage.path, "prior stages are not run by this version", "leave prior out")
 
     def hooks(self, steps: Sequence[Step], session: Session, calibrate: bool) -> None:
         """Refuse algorithms that need hooks which the adapter does not implement."""
@@ -168,6 +169,25 @@ class Checks:
                 f"multiplies the input of {name}{more} at run time, which the format has no place for",
                 "take non-fusion out of enable_subgraph_type, or write another format",
             )
+
+    def contexts(self, stages: Sequence[Sequence[Step]]) -> None:
+        """Refuse algorithms that read what no earlier stage hands over, or write what no later one can read."""
+        known: set[str] = set()
+        for number, steps in enumerate(stages, start=1):
+            for step in steps:
+                for name in sorted(step.algorithm.takes_over - known):
+                    self.refuse(
+                        step.path,
+                        f"needs {name!r} of the context, which no earlier stage hands over",
+                        "put the entry that makes it into a stage of spec.prior",
+                    )
+                for name in sorted(step.algorithm.hands_over if number == len(stages) else ()):
+                    self.refuse(
+                        step.path,
+                        f"hands over {name!r} to later stages, and there is none behind the main one",
+                        "put this entry into a stage of spec.prior",
+                    )
+            known.update(name for step in steps for name in step.algorithm.hands_over)
 
     def edits(self, steps: Sequence[Step], model: nn.Module, sources: Mapping[str, WeightSource]) -> None:
         """Refuse to change weights that cannot be written back in the form in which they are stored."""

@@ -40,7 +40,7 @@ class Row:
 
 def rows(plan: Plan) -> list[Row]:
     """The plan's weights, grouped, in the model's order."""
-    origin = {name: _origin(plan, step.path) for step in plan.steps for name in step.specs}
+    origin = {name: _origin(plan, step.path) for one in plan.stages for step in one.steps for name in step.specs}
     single: list[Row] = []
     for name, linear in plan.info.linears.items():
         spec = plan.specs.get(name)
@@ -72,6 +72,16 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "samples": len(plan.samples),
         "calib_length": plan.calib_length,
         "forward_passes": forward_passes(plan),
+        "prior": [
+            {
+                "entry": _origin(plan, plan.protocol.prior[number].path),
+                "algorithms": [_origin(plan, step.path) for step in stage.steps],
+                "dataset": str(stage.dataset) if stage.dataset else None,
+                "samples": len(stage.samples),
+                "forward_passes": forward_passes(stage),
+            }
+            for number, stage in enumerate(plan.prior)
+        ],
         **sizes(plan),
         "weights": [asdict(row) for row in rows(plan)],
         "smoothing": [asdict(place) for place in places(plan)],
@@ -114,7 +124,7 @@ def places(plan: Plan) -> list[Place]:
 
 
 def forward_passes(plan: Plan) -> int:
-    """How often a sample passes a unit at most."""
+    """How often a sample passes a unit at most, in the plan's own stage."""
     return max((count_passes(plan, unit) for unit in plan.info.units), default=0) if plan.samples else 0
 
 

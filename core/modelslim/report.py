@@ -8,7 +8,7 @@ import json
 import platform
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from modelslim.devices import describe_computer
 from modelslim.journal import VERSION
 from modelslim.media import content
 from modelslim.plan import Plan
+from modelslim.protocol.document import format_path
 from modelslim.saver import TensorRecord
 
 try:
@@ -45,7 +46,7 @@ def journal_header(plan: Plan) -> dict[str, Any]:
         "journal": VERSION,
         "source": _digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]),
         "protocol": _digest(plan.protocol.document.value),
-        "dataset": _digest([content(sample) for sample in plan.samples]),
+        "dataset": _digest([[content(sample) for sample in stage.samples] for stage in plan.stages]),
         "calib_length": plan.calib_length,
         "adapter": plan.adapter,
         "device": plan.device,
@@ -61,9 +62,21 @@ def versions(plan: Plan) -> dict[str, str]:
 
 
 def make_report(
-    plan: Plan, save_path: Path, units: Sequence[dict[str, Any]], records: Sequence[TensorRecord]
+    plan: Plan,
+    save_path: Path,
+    units: Sequence[Mapping[str, Any]],
+    records: Sequence[TensorRecord],
+    prior: Sequence[Sequence[Mapping[str, Any]]] = (),
 ) -> dict[str, Any]:
-    """The report of a finished run; plain JSON values."""
+    """The report of a finished run; plain JSON values.
+
+    Args:
+        plan: its plan.
+        save_path: where the result goes.
+        units: the records of the main stage's units.
+        records: what was written.
+        prior: the records of each prior stage's units.
+    """
     before = sum(stored.nbytes for stored in plan.checkpoint.stored.values())
     after = sum(record.nbytes for record in records)
     return {
@@ -79,7 +92,7 @@ def make_report(
         "practice": plan.practice.as_data() if plan.practice else None,
         "bytes_before": before,
         "bytes_after": after,
-        "schemes": _schemes(plan, units),
+        "schemes": _schemes(plan, [*(unit for stage in prior for unit in stage), *units]),
         "tensors": {
             "source": len(plan.checkpoint.tensors),
             "replaced": len(plan.replaced),
@@ -91,11 +104,20 @@ def make_report(
         "peak_memory_bytes": peak_memory(),
         "warnings": list(plan.warnings),
         "versions": versions(plan),
+        "prior": [
+            {
+                "entry": format_path(plan.protocol.prior[number].path),
+                "dataset": str(stage.dataset) if stage.dataset else None,
+                "samples": len(stage.samples),
+                "units": list(done),
+            }
+            for number, (stage, done) in enumerate(zip(plan.prior, prior, strict=True))
+        ],
         "units": list(units),
     }
 
 
-def _schemes(plan: Plan, units: Sequence[dict[str, Any]]) -> dict[str, int]:
+def _schemes(plan: Plan, units: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """How many linears have which scheme, each expert's counted."""
     fallen = {name: fate["to"] for unit in units for name, fate in unit.get("fell_back", {}).items()}
     return dict(Counter(fallen.get(plan.info.linears[name].module, spec.scheme) for name, spec in plan.specs.items()))

@@ -18,12 +18,13 @@ from modelslim.checkpoint import StoredTensor, byte_view
 from modelslim.devices import work_alone
 from modelslim.errors import SaveError
 from modelslim.files import copy_companions
-from modelslim.journal import FinishedUnit, Written
+from modelslim.journal import FinishedUnit, Written, is_whole
 from modelslim.kv_cache import QuantizedCache
+from modelslim.overlay import Overlay
 from modelslim.plan import Plan
 from modelslim.quantized import QuantizedExperts, QuantizedLinear
 from modelslim.saver import TensorRecord
-from modelslim.writer import STATE, OutputDirectory, ShardWriter, explained, sync, write_json
+from modelslim.writer import PRIOR, STATE, OutputDirectory, ShardWriter, explained, sync, write_json
 
 _ENTRY_BYTES = 112  # of a header entry, without the name
 
@@ -35,17 +36,22 @@ class RunOutput:
         path: the partial directory.
         finished: what an earlier run has written there, in order of ``put``.
         stored: its tensors by name.
+        overlay: what prior stages left for later ones.
 
     Attributes:
         path: see there.
         finished: see there.
         stored: see there.
+        overlay: see there.
     """
 
-    def __init__(self, path: Path, finished: Sequence[FinishedUnit], stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(
+        self, path: Path, finished: Sequence[FinishedUnit], stored: Mapping[str, StoredTensor], overlay: Overlay
+    ) -> None:
         self.path = path
         self.finished = finished
         self.stored = stored
+        self.overlay = overlay
 
     def put(
         self,
@@ -76,7 +82,9 @@ class ResultWriter(RunOutput):
     def __init__(self, plan: Plan, output: OutputDirectory) -> None:
         self._plan = plan
         self._output = output
-        super().__init__(output.path, output.finished, {})
+        is_wanted = not is_whole(output.finished)
+        overlay = Overlay(output.path / PRIOR, output.stages, output.journal, is_wanted=is_wanted)
+        super().__init__(output.path, output.finished, {}, overlay)
         self._written = [one for unit in self.finished for one in unit.tensors]
         names = plan.result_sizes()
         self._shards = ShardWriter(
@@ -103,6 +111,7 @@ class ResultWriter(RunOutput):
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._shards.abandon()
+        self.overlay.close()
 
     def _restore(self) -> dict[str, StoredTensor]:
         """Take over what is finished; its tensors by name."""
@@ -151,9 +160,11 @@ class ResultWriter(RunOutput):
         """
         self.wait()
         self._shards.finish()
-        if (self.path / STATE).is_dir():
-            with explained(self.path):
-                shutil.rmtree(self.path / STATE)
+        self.overlay.close()
+        for folder in (self.path / STATE, self.path / PRIOR):
+            if folder.is_dir():
+                with explained(self.path):
+                    shutil.rmtree(folder)
         plan, records = self._plan, [one.record for one in self._written]
         for name, value in plan.saver.finish(records, plan.planned).items():
             write_json(self._output.path / name, value)

@@ -4,21 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from modelslim.checkpoint import StoredTensor
 from modelslim.errors import Diagnostic, RankError, VerificationError
-from modelslim.journal import FAULTY, FinishedUnit, differences
+from modelslim.journal import FAULTY, FinishedStage, FinishedUnit, differences, is_whole
 from modelslim.launch import Crew, crew, is_first_process
+from modelslim.overlay import Overlay
 from modelslim.plan import Plan, make_plan
 from modelslim.practice_choice import Choice
 from modelslim.ranks import ALONE, Ranks
 from modelslim.report import REPORT, journal_header, make_report
 from modelslim.result import ResultWriter, RunOutput
 from modelslim.verify import verify_run
-from modelslim.writer import OutputDirectory, check_save_path, check_space, write_json
+from modelslim.writer import PRIOR, OutputDirectory, check_save_path, check_space, write_json
 
 
 def quantize(
@@ -149,25 +150,27 @@ def run_plan(
         _help(plan, ranks)
         return {}
     check_save_path(save_path, plan.checkpoint.path)
-    check_space(save_path, sum(plan.result_sizes().values()))
+    check_space(save_path, sum(plan.result_sizes().values()) + plan.kept_bytes())
     runner = plan.registry.load("runners", plan.runner)()
     output = OutputDirectory(save_path, journal_header(plan), resume=not restart)
     with _telling_of_rest(output, say), plan.checkpoint, output:
-        if output.finished:
+        if output.finished or output.stages:
             done = sum(one.report is not None for one in output.finished)
-            say(f"continuing {output.path}: {done} units are done")
+            stages = f"{len(output.stages)} of {len(plan.prior)} prior stages and " if plan.prior else ""
+            say(f"continuing {output.path}: {stages}{done} units are done")
         with ResultWriter(plan, output) as writer:
             _tell(plan, writer, ranks)
             units = runner.run(plan, writer, ranks)
+            prior = [stage.records for stage in writer.overlay.stages]
             records = writer.finish()
-        report = {**make_report(plan, save_path, units, records), "verified": False}
+        report = {**make_report(plan, save_path, units, records, prior), "verified": False}
         write_json(output.path / REPORT, report)
         if plan.practice is not None:
             plan.practice.write(output.path)
         if check:
             size = sum(record.nbytes for record in records)
             say(f"verifying {len(records)} tensors, {size / 1e6:,.1f} MB")
-            _verify(plan, output, units)
+            _verify(plan, output, [*(unit for stage in prior for unit in stage), *units])
             report["verified"] = True
             write_json(output.path / REPORT, report)
         output.commit()
@@ -182,21 +185,25 @@ def _tell(plan: Plan, writer: ResultWriter, ranks: Ranks) -> None:
     stored = [
         [one.name, one.dtype, list(one.shape), str(one.file), one.offset, one.nbytes] for one in writer.stored.values()
     ]
-    ranks.share([str(writer.path), [unit.as_data() for unit in writer.finished], stored])
+    stages = [stage.as_data() for stage in writer.overlay.stages]
+    ranks.share([str(writer.path), [unit.as_data() for unit in writer.finished], stored, stages])
     _compare(plan, ranks)
 
 
 def _help(plan: Plan, ranks: Ranks) -> None:
     """Do the part of a rank that writes nothing."""
-    path, finished, stored = ranks.share(None)
+    path, finished, stored, stages = ranks.share(None)
     _compare(plan, ranks)
     tensors = {
         name: StoredTensor(name, dtype, tuple(shape), Path(file), offset, nbytes)
         for name, dtype, shape, file, offset, nbytes in stored
     }
     runner = plan.registry.load("runners", plan.runner)()
-    with plan.checkpoint:
-        runner.run(plan, RunOutput(Path(path), [FinishedUnit.from_data(unit) for unit in finished], tensors), ranks)
+    units = [FinishedUnit.from_data(unit) for unit in finished]
+    done = [FinishedStage.from_data(stage) for stage in stages]
+    overlay = Overlay(Path(path) / PRIOR, done, is_wanted=not is_whole(units))
+    with plan.checkpoint, closing(overlay):
+        runner.run(plan, RunOutput(Path(path), units, tensors, overlay), ranks)
 
 
 def _compare(plan: Plan, ranks: Ranks) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from modelslim.checkpoint import DTYPE_NAMES, byte_view
 from modelslim.errors import ModelSlimError, RankError, SaveError, UsageError
-from modelslim.journal import JOURNAL, FinishedUnit, Written, read_rest, refuse_changes
+from modelslim.journal import JOURNAL, FinishedStage, FinishedUnit, Written, read_rest, refuse_changes
 from modelslim.saver import TensorRecord
 from modelslim.types import QuantSpec, TensorSpec
 
@@ -33,6 +33,8 @@ except ModuleNotFoundError:  # Windows locks in another way; runs there do not s
 
 STATE = "state"
 """Folder for what only a run that continues needs; gone from the result."""
+PRIOR = "prior"
+"""Folder for what prior stages leave to later ones; gone from the result."""
 _ALIGN = 64
 
 
@@ -126,9 +128,11 @@ class ShardWriter:
         Raises:
             SaveError: they are not there.
         """
+        places: list[tuple[Path, int]] = []
         if not tensors:
-            return []
-        places = []
+            with explained(self._directory):
+                _remove_all(entry for entry in self._directory.iterdir() if entry.name not in (JOURNAL, PRIOR))
+            return places
         for one in tensors:
             if not self._shards or self._must_roll(one.record.name, one.dtype, one.shape, one.record.nbytes):
                 self._begin_shard()
@@ -153,7 +157,7 @@ class ShardWriter:
                 _write_all(self._stream, memoryview(bytes(8)))
             self._stream.truncate(end)
             self._stream.seek(end)
-            kept = {self._shard_path(number).name for number in range(last + 1)} | {JOURNAL, STATE}
+            kept = {self._shard_path(number).name for number in range(last + 1)} | {JOURNAL, STATE, PRIOR}
             _remove_all(entry for entry in self._directory.iterdir() if entry.name not in kept)
         return places
 
@@ -256,6 +260,7 @@ class OutputDirectory:
 
     Attributes:
         finished: what that run had finished, in order; known once the context is entered.
+        stages: the prior stages that it had finished, in order; likewise.
     """
 
     def __init__(self, save_path: Path, header: Mapping[str, Any], resume: bool = False) -> None:
@@ -267,6 +272,7 @@ class OutputDirectory:
         self._resume = resume
         self._has_units = False
         self.finished: Sequence[FinishedUnit] = ()
+        self.stages: Sequence[FinishedStage] = ()
 
     def __enter__(self) -> OutputDirectory:
         if self._resume and self._continue():
@@ -300,7 +306,7 @@ class OutputDirectory:
                 if rest is not None:
                     refuse_changes(self.path, rest.header, self._header)
                     os.truncate(file, rest.nbytes)
-                    self.finished = rest.units
+                    self.finished, self.stages = rest.units, rest.stages
                     self._has_units = True
                     return True
         except BaseException:
@@ -334,7 +340,7 @@ class OutputDirectory:
         with explained(self.path):
             self._journal.write(json.dumps(entry, separators=(",", ":")) + "\n")
             self._journal.flush()
-        self._has_units = self._has_units or "unit" in entry
+        self._has_units = self._has_units or "unit" in entry or "stage" in entry
 
     def _close(self) -> None:
         if self._journal is not None:

@@ -224,6 +224,32 @@ def test_a_run_killed_while_it_continues_another_can_be_continued(
         assert without_report(snapshot(folder / "out")) == expected, changes[moment - 1]
 
 
+def test_a_run_killed_in_or_behind_a_prior_stage_is_continued(
+    fork: Fork, protocol: Callable[[str], Path], gptq: str, snapshot: Snapshot, tmp_path: Path
+) -> None:
+    prior = "  prior:\n    - process: [{type: iter_smooth}]\n"
+    config = protocol(gptq.replace("  process:\n", f"{prior}  process:\n"))
+    undisturbed = fork(config, tmp_path / "0")
+    assert undisturbed.code == 0, undisturbed.words
+    expected = without_report(snapshot(tmp_path / "0" / "out"))
+    assert not any(name.startswith("prior") for name in expected)
+    named = undisturbed.changes.index("os.rename out.partial out") + 1
+    # While the stage is written, while it is used, and from when its files go to when the result gets its name.
+    inside = [number for number, change in enumerate(undisturbed.changes, start=1) if "out.partial/prior/0" in change]
+    gone = next(number for number in range(inside[-1], named) if "os.remove" in undisturbed.changes[number - 1])
+    moments = {*inside[::2], *range(inside[-1], gone, 8), *range(gone, named, 2), named}
+    stages = 0
+    for moment in sorted(moments):
+        folder, what = tmp_path / str(moment), undisturbed.changes[moment - 1]
+        assert fork(config, folder, moment=moment, signal=signal.SIGKILL).code == -signal.SIGKILL, what
+        assert not (folder / "out").exists(), what
+        journal = folder / "out.partial" / "journal.jsonl"
+        stages += journal.read_bytes().count(b'"stage":0')
+        assert fork(config, folder).code == 0, what
+        assert without_report(snapshot(folder / "out")) == expected, what
+    assert 5 < stages < len(moments) - 2
+
+
 @pytest.mark.parametrize("kind", ["static", "gptq", "smoothing"])
 def test_a_calibrating_run_killed_at_random_leaves_nothing_finished_and_is_continued(
     kind: str,

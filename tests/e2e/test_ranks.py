@@ -151,6 +151,30 @@ def test_a_rank_that_is_killed_ends_the_run_which_can_be_continued(
     assert same(out, tmp_path / "whole", snapshot)
 
 
+def test_prior_stages_are_shared_and_continued_too(
+    tiny_llama: Path,
+    protocol: Protocol,
+    long_calibration: Path,
+    calibration_file: Path,
+    tmp_path: Path,
+    snapshot: Snapshot,
+) -> None:
+    attention = EXPERTS.removesuffix("}") + ', include: ["*self_attn*"]}'
+    rest = STATIC.removesuffix("}") + ', include: ["*mlp*"]}'
+    stages = f"  prior:\n    - {{process: [{SMOOTH}], dataset: {calibration_file}}}\n    - process: [{attention}]\n"
+    config = protocol(text(long_calibration, rest, more=stages))
+    alone = quantize(tiny_llama, tmp_path / "alone", config, device="cpu")
+    for index in (3, 7):  # in the second stage, and in the main one
+        out = tmp_path / f"out{index}"
+        with pytest.raises(RankError, match="rank 1 was killed"):
+            quantize(tiny_llama, out, config, device="cpu", workers=2, observers=[("killer", Killer(index))])
+        assert (tmp_path / f"out{index}.partial" / "prior").is_dir()
+        shared = quantize(tiny_llama, out, config, device="cpu", workers=2)
+        assert same(out, tmp_path / "alone", snapshot)
+        assert numbers(shared) == numbers(alone)
+        assert list(map(numbers, shared["prior"])) == list(map(numbers, alone["prior"]))
+
+
 def test_what_is_wrong_for_all_ranks_is_said_once(
     tiny_llama: Path, protocol: Protocol, long_calibration: Path, tmp_path: Path
 ) -> None:

@@ -190,13 +190,12 @@ def test_a_scheme_that_the_saver_lacks_is_refused_where_it_was_chosen(tiny_llama
     assert "asymmetric weights" in problem.message
 
 
-def test_a_second_saver_and_prior_stages_are_refused(tiny_llama: Path, protocol: Protocol) -> None:
+def test_a_second_saver_is_refused(tiny_llama: Path, protocol: Protocol) -> None:
     second = "    - {type: ascendv1_saver, part_file_size: 1}\n"
-    prior = "  prior:\n    - process:\n        - {type: linear_quant, qconfig: {weight: {}}}\n"
-    text = HEAD + entry() + SAVE + second + prior
+    text = HEAD + entry() + SAVE + second
     problems = refused(tiny_llama, protocol(text))
-    assert [problem.path for problem in problems] == ["spec.save[1]", "spec.prior[0]"]
-    assert places(problems) == [place(text, "{type: ascendv1_saver"), place(text, "process:\n        - {")]
+    assert [problem.path for problem in problems] == ["spec.save[1]"]
+    assert places(problems) == [place(text, "{type: ascendv1_saver")]
 
 
 # All at once

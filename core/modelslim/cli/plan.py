@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -101,13 +103,6 @@ def command(
     )
     data = as_data(plan)
     before, after = data["bytes_before"], data["bytes_after"]
-    calibration = "none"
-    if plan.dataset is not None:
-        passes = data["forward_passes"]
-        calibration = (
-            f"{'one pass' if passes == 1 else f'{passes} passes'} over {len(plan.samples)} samples of "
-            f"{plan.dataset.name}"
-        )
     if data["smoothing"]:
         output.table(
             "",
@@ -127,7 +122,8 @@ def command(
         ["", ""],
         [
             ("size", f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB"),
-            ("calibration", calibration),
+            *((stage["entry"], calibration(stage)) for stage in data["prior"]),
+            ("calibration", calibration(data)),
             ("device", ", ".join(dict.fromkeys(devices))),
             ("runner", f"{plan.runner}: {plan.runner_why}"),
             ("adapter", plan.adapter),
@@ -136,3 +132,14 @@ def command(
         ],
     )
     output.data(data)
+
+
+def calibration(stage: Mapping[str, Any]) -> str:
+    """What a stage's calibration takes, in a few words."""
+    if stage["dataset"] is None:
+        return "none"
+    passes = stage["forward_passes"]
+    return (
+        f"{'one pass' if passes == 1 else f'{passes} passes'} over {stage['samples']} samples of "
+        f"{Path(stage['dataset']).name}"
+    )

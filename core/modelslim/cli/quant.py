@@ -156,7 +156,7 @@ def command(
         return
     unseen = idle_experts(report)
     if unseen:
-        borrowed = sum(len(unit.get("borrowed", ())) for unit in report["units"])
+        borrowed = sum(len(unit.get("borrowed", ())) for unit in all_units(report))
         what = f"; {borrowed} of their linears are calibrated by the other experts' tokens" if borrowed else ""
         output.warn(f"{len(unseen)} experts saw no calibration token, such as {unseen[0]}{what}; see report.json")
     if said := notes(report):
@@ -170,11 +170,16 @@ def command(
     output.data(report)
 
 
+def all_units(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The records of a report's units, those of prior stages first."""
+    return [*(unit for stage in report["prior"] for unit in stage["units"]), *report["units"]]
+
+
 def worst_linears(report: Mapping[str, Any], count: int = 10) -> list[tuple[str, ...]]:
     """Rows of the linears whose outputs on calibration data are farthest from the float ones."""
     found = [
         (quality["relative_error"], name, unit["linears"][name], quality)
-        for unit in report["units"]
+        for unit in all_units(report)
         for name, quality in unit.get("quality", {}).items()
     ]
     return [
@@ -192,13 +197,13 @@ def worst_linears(report: Mapping[str, Any], count: int = 10) -> list[tuple[str,
 def notes(report: Mapping[str, Any]) -> list[str]:
     """What the algorithms say about single linears, each with the name of the linear."""
     return [
-        f"{name}: {note}" for unit in report["units"] for name, said in unit.get("notes", {}).items() for note in said
+        f"{name}: {note}" for unit in all_units(report) for name, said in unit.get("notes", {}).items() for note in said
     ]
 
 
 def fallen_back(report: Mapping[str, Any]) -> str:
     """What fell back, in a few words; empty when nothing did."""
-    fallen = [(name, fate["to"]) for unit in report["units"] for name, fate in unit.get("fell_back", {}).items()]
+    fallen = [(name, fate["to"]) for unit in all_units(report) for name, fate in unit.get("fell_back", {}).items()]
     more = f" and {len(fallen) - 1} more" if len(fallen) > 1 else ""
     return f"{fallen[0][0]} to {fallen[0][1]}{more}" if fallen else ""
 
@@ -207,7 +212,7 @@ def idle_experts(report: Mapping[str, Any]) -> list[str]:
     """Names of the fused experts to which no calibration token was routed."""
     return [
         f"{layer}.{number}"
-        for unit in report["units"]
+        for unit in all_units(report)
         for layer, seen in unit.get("experts", {}).items()
         for number, tokens in enumerate(seen["tokens"])
         if not tokens
@@ -218,12 +223,12 @@ def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The report in a few lines."""
     before, after = report["bytes_before"], report["bytes_after"]
     schemes = ", ".join(f"{count} linears {scheme}" for scheme, count in report["schemes"].items())
-    calibration = f"{report['samples']} samples of {Path(report['dataset']).name}" if report["samples"] else "none"
     rows = [
         ("result", report["save_path"]),
         ("schemes", schemes),
         ("size", f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({before / after:.2f} times smaller)"),
-        ("calibration", calibration),
+        *((stage["entry"], _calibration(stage)) for stage in report["prior"]),
+        ("calibration", _calibration(report)),
     ]
     if report["practice"]:
         rows.insert(1, ("practice", report["practice"]["config_id"]))
@@ -232,3 +237,8 @@ def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if report["peak_memory_bytes"]:
         rows.append(("peak memory", f"{report['peak_memory_bytes'] / 1e6:,.0f} MB, imports included"))
     return rows
+
+
+def _calibration(stage: Mapping[str, Any]) -> str:
+    """What a stage was calibrated on, in a few words."""
+    return f"{stage['samples']} samples of {Path(stage['dataset']).name}" if stage["samples"] else "none"

@@ -84,6 +84,11 @@ class Protocol:
     document: Document = field(repr=False)
 
     @property
+    def entries(self) -> tuple[Processor, ...]:
+        """The processors of all stages in the order in which they run."""
+        return (*(entry for stage in self.prior for entry in stage.process), *self.process)
+
+    @property
     def is_multimodal(self) -> bool:
         """True when calibration samples may hold images, audio or video."""
         return self.apiversion == MULTIMODAL

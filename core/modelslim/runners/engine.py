@@ -4,21 +4,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelslim.activations import Boundary
 from modelslim.batches import batched
 from modelslim.devices import synchronize, work_alone
-from modelslim.edits import stored_edits
+from modelslim.edits import edited_parameters, stored_edits
 from modelslim.inputs import model_inputs
-from modelslim.kv_cache import QuantizedCache, attentions, open_places
+from modelslim.kv_cache import QuantizedCache
 from modelslim.loader import Loader
+from modelslim.overlay import Left, StageWriter
 from modelslim.plan import Plan
 from modelslim.ports import PortCollector
 from modelslim.quantized import QuantizedLinear
@@ -35,29 +37,51 @@ OUTSIDE = ""
 """Stands for a unit: the linears outside all units, worked on after the last one."""
 
 
-class Engine:
-    """Runs a plan: one unit resident, the next one being read, the last one being written.
+@dataclass
+class Held:
+    """What all stages of a run share.
 
-    Args:
-        plan: the plan.
-        writer: takes the result.
+    Attributes:
+        model: the one instance of the model.
+        loader: fills it.
+        started: how many units the stages before have worked on, for observers.
+        total: how many units all stages work on.
         ranks: who shares the work; all run their engines on the same plan.
-        whole: hold all units from the start, instead of one after the other.
+        whole: hold all units from the start of a stage, instead of one after the other.
     """
 
-    def __init__(self, plan: Plan, writer: RunOutput, ranks: Ranks = ALONE, whole: bool = False) -> None:
+    model: nn.Module
+    loader: Loader
+    started: int = 0
+    total: int = 0
+    ranks: Ranks = ALONE
+    whole: bool = False
+
+
+class Engine:
+    """Runs one stage of a plan: one unit resident, the next one being read, the last one being written.
+
+    Args:
+        plan: the plan of the stage.
+        writer: takes the result.
+        held: what the stages share.
+        stage: takes what a prior stage changes, at the rank that writes; None for the main one.
+    """
+
+    def __init__(self, plan: Plan, writer: RunOutput, held: Held, stage: StageWriter | None = None) -> None:
         self._plan = plan
-        self._ranks = ranks
-        self._whole = whole
+        self._ranks = held.ranks
+        self._whole = held.whole
         self._writer = writer
+        self._held = held
+        self._stage = stage
+        self._overlay = writer.overlay
         self._units = list(plan.info.units)
-        self._model = plan.session.init_model(plan.device) if plan.samples else plan.model
-        if self._model is not plan.model:
-            open_places(self._model, attentions(plan.planned.caches))
-        self._loader = Loader(self._model, plan.checkpoint, plan.loader.sources, plan.device)
+        self._model = held.model
+        self._loader = held.loader
         self._last_pass = self._find_last_pass()
         self._done = len(writer.finished)
-        self._finished = FinishedUnits(plan, writer, self._model, ranks)
+        self._finished = FinishedUnits(plan, writer, self._model, held.ranks)
         self._reference: Stream | None = None
         self._records: list[dict[str, Any]] = []
         self._written: set[str] = set()
@@ -72,6 +96,8 @@ class Engine:
         outside = self._work(OUTSIDE).collector()
         with torch.no_grad(), ThreadPoolExecutor(1, "reader", work_alone) as reader, outside, ExitStack() as stack:
             # The embeddings come and go before the first unit comes, so that they do not add up.
+            if self._done <= self._last_pass:
+                stack.enter_context(self._applied(OUTSIDE, self._left(OUTSIDE)))
             stream = self._start(outside, stack) if self._done <= self._last_pass else None
             first = 0 if stream is not None else min(self._done, len(self._units))
             for index in range(first):
@@ -83,22 +109,24 @@ class Engine:
             for index, unit in enumerate(self._units[first:], start=first):
                 assert ahead is not None
                 clock = _Clock(self._plan.device)
-                self._plan.session.unit_started(unit, index, self._total)
+                self._plan.session.unit_started(unit, self._held.started + index, self._held.total)
                 self._loader.install(ahead.result())
                 if index + 1 < len(self._units):
                     ahead = reader.submit(self._read, index + 1)
+                left = self._left(unit)
                 clock.lap("read")
-                if stream is not None and index < self._done:
-                    self._pass_again(index, stream)
-                else:
-                    self._unit(index, stream, clock)
-            if self._plan.claimed(OUTSIDE):
+                with self._applied(unit, left):
+                    if stream is not None and index < self._done:
+                        self._pass_again(index, stream)
+                    else:
+                        self._unit(index, stream, clock, left)
+            if self._plan.works_outside:
                 if len(self._units) < self._done:
                     self._skip(len(self._units))
                 else:
                     self._outside(outside.statistics())
             copies = [key for key in self._plan.checkpoint.tensors if key not in self._written]
-            if self._done <= self._total:
+            if self._plan.stage is None and self._done <= self._total:
                 self._writer.put(OUTSIDE, {}, {}, {}, copies)
         return self._records
 
@@ -137,7 +165,7 @@ class Engine:
     def _skip(self, index: int) -> None:
         """Take over what an earlier run has done for a unit, which no sample must pass."""
         name = self._units[index] if index < len(self._units) else "outside the units"
-        self._plan.session.unit_started(name, index, self._total)
+        self._plan.session.unit_started(name, self._held.started + index, self._held.total)
         self._take_over(index)
 
     def _take_over(self, index: int) -> None:
@@ -146,7 +174,7 @@ class Engine:
         stored = self._stored(done.unit) if done.unit else []
         self._written.update(stored, self._replaced(done.modules, done.edited))
         self._records.append(dict(done.report))
-        self._plan.session.unit_finished(done.unit, index, self._total, done.report)
+        self._plan.session.unit_finished(done.unit, self._held.started + index, self._held.total, done.report)
 
     def _pass_again(self, index: int, stream: Stream) -> None:
         """Let the samples pass a unit that an earlier run has finished, as they passed it then."""
@@ -158,6 +186,7 @@ class Engine:
                 self._reference.run(unit)
             for name, tensor in standing.edited.items():
                 self._model.get_parameter(name).copy_(tensor)
+            work.drop_multipliers()  # quantized linears have theirs, and float ones none any more
             modules = {name: module.to(self._plan.device) for name, module in standing.modules.items()}
             with in_place(self._model, modules):
                 stream.run(unit)
@@ -170,7 +199,7 @@ class Engine:
         self._loader.release(self._names(index))
         self._take_over(index)
 
-    def _unit(self, index: int, stream: Stream | None, clock: _Clock) -> None:
+    def _unit(self, index: int, stream: Stream | None, clock: _Clock, left: Left) -> None:
         unit = self._units[index]
         work = self._work(unit)
         if stream is not None and index <= self._last_pass:
@@ -183,40 +212,54 @@ class Engine:
         else:
             outcome = work.work(UnitStatistics({}))
         clock.lap("calibrate and quantize")
-        self._write(unit, index, clock, outcome, self._stored(unit))
+        self._write(unit, index, clock, outcome, left, self._stored(unit))
         self._loader.release(self._names(index))
 
     def _outside(self, statistics: UnitStatistics) -> None:
         """Quantize what lies outside the units; each weight is read here if no forward needed it."""
         clock = _Clock(self._plan.device)
-        self._plan.session.unit_started("outside the units", len(self._units), self._total)
+        index = len(self._units)
+        self._plan.session.unit_started("outside the units", self._held.started + index, self._held.total)
         names = [name for name in self._parameters(self._plan.claimed(OUTSIDE)) if self._loader.is_empty(name)]
         self._loader.install(self._loader.read(names))
         clock.lap("read")
         outcome = self._work(OUTSIDE).work(statistics)
         clock.lap("quantize")
-        self._write(OUTSIDE, len(self._units), clock, outcome, [])
+        self._write(OUTSIDE, index, clock, outcome, self._left(OUTSIDE), [])
 
-    def _write(self, unit: str, index: int, clock: _Clock, outcome: Outcome, stored: Sequence[str]) -> None:
-        """Hand on what was quantized and edited, and what of the unit's tensors is left to copy."""
+    def _write(self, unit: str, index: int, clock: _Clock, outcome: Outcome, left: Left, stored: Sequence[str]) -> None:
+        """Hand on what was quantized and edited, also by earlier stages, and what of the unit is left to copy."""
         record = {"unit": unit, "seconds": clock.laps, **outcome.record}
         self._records.append(record)
-        if self._ranks.is_first:
-            self._put(unit, clock, outcome, stored, record)
-        self._plan.session.unit_finished(unit, index, self._total, record)
+        if self._stage is not None:
+            edits = edited_parameters(self._model, outcome.edited)
+            self._stage.put(unit, outcome.modules, outcome.caches, edits, outcome.multipliers)
+            clock.lap("write")
+        elif self._ranks.is_first:
+            self._put(unit, clock, outcome, left, stored, record)
+        self._plan.session.unit_finished(unit, self._held.started + index, self._held.total, record)
 
     def _put(
-        self, unit: str, clock: _Clock, outcome: Outcome, stored: Sequence[str], record: Mapping[str, Any]
+        self,
+        unit: str,
+        clock: _Clock,
+        outcome: Outcome,
+        left: Left,
+        stored: Sequence[str],
+        record: Mapping[str, Any],
     ) -> None:
-        modules: dict[str, QuantizedLinear] = {name: module.to("cpu") for name, module in outcome.modules.items()}
-        caches: dict[str, QuantizedCache] = {name: one.to("cpu") for name, one in outcome.caches.items()}
-        edited = dict(stored_edits(self._plan, self._model, outcome.edited))
-        gone = self._replaced(modules, outcome.edited)
+        quantized, places = {**left.modules, **outcome.modules}, {**left.caches, **outcome.caches}
+        modules: dict[str, QuantizedLinear] = {name: module.to("cpu") for name, module in quantized.items()}
+        caches: dict[str, QuantizedCache] = {name: one.to("cpu") for name, one in places.items()}
+        held = {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
+        changed = (left.edited | outcome.edited) - held
+        edited = dict(stored_edits(self._plan, self._model, changed))
+        gone = self._replaced(modules, changed)
         copies = [key for key in stored if key not in gone]
         self._written.update(stored, gone)
         self._writer.wait()
         clock.lap("write")
-        self._writer.put(unit, modules, caches, edited, copies, sorted(outcome.edited), record)
+        self._writer.put(unit, modules, caches, edited, copies, sorted(changed), record)
 
     def _replaced(self, modules: Iterable[str], edited: Iterable[str]) -> set[str]:
         """Stored tensors in whose place others were written."""
@@ -224,11 +267,22 @@ class Engine:
         return {key for name in parameters for key in self._plan.stored_keys(name)}
 
     def _work(self, unit: str) -> UnitWork:
-        return UnitWork(self._plan, self._model, unit, self._ranks)
+        return UnitWork(self._plan, self._model, unit, self._ranks, self._overlay.context)
+
+    def _left(self, unit: str) -> Left:
+        return self._overlay.left(unit, self._plan.info.banks)
+
+    @contextmanager
+    def _applied(self, unit: str, left: Left) -> Iterator[None]:
+        """Let a unit be, while this is open, what the stages before have made of it."""
+        device = self._plan.device
+        standing = {name: one.to(device) for name, one in {**left.modules, **left.caches}.items()}
+        with self._overlay.applied(self._model, unit, device), in_place(self._model, standing):
+            yield
 
     @property
     def _total(self) -> int:
-        return len(self._units) + bool(self._plan.claimed(OUTSIDE))
+        return len(self._units) + self._plan.works_outside
 
     def _find_last_pass(self) -> int:
         """Index of the last unit that samples must pass; beyond the units when the linears outside want them."""
@@ -241,9 +295,13 @@ class Engine:
     def _names(self, index: int) -> list[str]:
         """What must be read of a unit: all of it to run it, else what is quantized."""
         unit = self._units[index]
+        quantized = self._overlay.quantized(unit)
         if index <= self._last_pass:
-            return self._loader.names(unit)
-        return self._parameters(self._plan.claimed(unit))
+            return [name for name in self._loader.names(unit) if name.rpartition(".")[0] not in quantized]
+        claimed = list(self._plan.claimed(unit))
+        edited = self._work(unit).edits | (self._overlay.edited(unit) if self._plan.stage is None else frozenset())
+        others = {name for name in edited if name.rpartition(".")[0] not in {*claimed, *quantized}}
+        return [*self._parameters(claimed), *sorted(others & self._loader.parameters.keys())]
 
     def _parameters(self, modules: Iterable[str]) -> list[str]:
         return [name for module in modules for name in self._loader.names(module)]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from modelslim.plan import Plan
 from modelslim.ranks import Ranks
 from modelslim.result import RunOutput
-from modelslim.runners.engine import Engine
+from modelslim.runners.stages import run_stages
 
 
 class LayerWiseRunner:
@@ -24,6 +24,6 @@ class LayerWiseRunner:
         """Run the plan.
 
         Returns:
-            One record per unit, for the report.
+            One record per unit of the main stage, for the report.
         """
-        return Engine(plan, writer, ranks).run()
+        return run_stages(plan, writer, ranks)

@@ -8,7 +8,7 @@ from typing import Any
 from modelslim.plan import Plan
 from modelslim.ranks import Ranks
 from modelslim.result import RunOutput
-from modelslim.runners.engine import Engine
+from modelslim.runners.stages import run_stages
 
 
 class ModelWiseRunner:
@@ -18,6 +18,6 @@ class ModelWiseRunner:
         """Run the plan.
 
         Returns:
-            One record per unit, for the report.
+            One record per unit of the main stage, for the report.
         """
-        return Engine(plan, writer, ranks, whole=True).run()
+        return run_stages(plan, writer, ranks, whole=True)

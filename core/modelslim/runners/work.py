@@ -11,11 +11,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from modelslim.algorithm import Unit
+from modelslim.context import Context
 from modelslim.coverage import cover
 from modelslim.errors import ModelError, QuantizationError
 from modelslim.experts import FusedExperts
 from modelslim.kv_cache import QuantizedCache
-from modelslim.multipliers import drop_input_multiplier, input_multiplier, undo_input_multiplier
+from modelslim.multipliers import (
+    drop_input_multiplier,
+    input_multiplier,
+    shared_multipliers,
+    undo_input_multiplier,
+)
 from modelslim.plan import Plan
 from modelslim.plan_checks import Step, with_held_scales
 from modelslim.ports import Kinds, PortCollector
@@ -42,6 +48,7 @@ class Outcome:
         edited: names of parameters that were changed in place or added and stay float.
         specs: what the quantized linears became, by the names of the modules that hold them.
         record: for the report.
+        multipliers: of a prior stage, linears that share a multiplier of their input and are left to later stages.
     """
 
     modules: dict[str, QuantizedLinear] = field(default_factory=dict)
@@ -49,6 +56,7 @@ class Outcome:
     edited: frozenset[str] = frozenset()
     specs: dict[str, QuantSpec] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    multipliers: list[tuple[list[str], Tensor]] = field(default_factory=list)
 
 
 class UnitWork:
@@ -59,10 +67,14 @@ class UnitWork:
         model: the model in which the unit is, or will be, loaded.
         unit: its name; empty for what lies outside the units.
         ranks: who shares the work.
+        context: what stages hand over.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, unit: str, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, plan: Plan, model: nn.Module, unit: str, ranks: Ranks = ALONE, context: Context | None = None
+    ) -> None:
         self._plan = plan
+        self._context = context or Context()
         self._model = model
         self._unit = unit
         self._ranks = ranks
@@ -75,6 +87,11 @@ class UnitWork:
     def calibrates(self) -> bool:
         """True when some algorithm wants to measure something, or to run the unit itself."""
         return self._replays or any(map(_needs, self._passes))
+
+    @property
+    def edits(self) -> frozenset[str]:
+        """Names of the parameters that algorithms change or add."""
+        return frozenset(name for step, view in self._views for name in step.algorithm.edits(view))
 
     @property
     def passes_source(self) -> bool:
@@ -138,8 +155,7 @@ class UnitWork:
             standing = {**outcome.modules, **outcome.caches} if quantized else {}
             with in_place(self._model, standing):
                 stream.run(self._unit, resume=resume)
-        for linear in self._views[0][1].linears.values():
-            drop_input_multiplier(linear)
+        self.drop_multipliers()
         outcome.record |= {
             "tokens": tokens,
             "experts": experts,
@@ -147,6 +163,11 @@ class UnitWork:
             "quality": {name: quality.as_data() for name, quality in qualities.items()},
         }
         return outcome
+
+    def drop_multipliers(self) -> None:
+        """Forget by what the inputs of float linears are multiplied."""
+        for linear in self._views[0][1].linears.values():
+            drop_input_multiplier(linear)
 
     def work(self, statistics: UnitStatistics) -> Outcome:
         """Run the algorithms with statistics that were collected elsewhere, or with none."""
@@ -181,10 +202,15 @@ class UnitWork:
         linears, outputs = judged or ({}, {})
         for step, seen in group:
             outputs.update(float_outputs({name: linears[name] for name in seen.specs if name in linears}, statistics))
-            view = replace(seen, calls=calls[0], targets=calls[1]) if step.algorithm.replays else seen
-            own = replace(view, specs=shares.own(view.specs)) if step.algorithm.separable else view
+            handed = self._context.view(step.algorithm.hands_over, step.algorithm.takes_over)
+            view = replace(seen, context=handed)
+            if step.algorithm.replays:
+                view = replace(view, calls=calls[0], targets=calls[1])
+            # What is handed over must be whole at every rank.
+            divided = step.algorithm.separable and not step.algorithm.hands_over
+            own = replace(view, specs=shares.own(view.specs)) if divided else view
             modules = {name: _checked(name, one) for name, one in step.algorithm.apply(own, statistics).items()}
-            outcome.modules.update(shares.all(modules, view.specs) if step.algorithm.separable else modules)
+            outcome.modules.update(shares.all(modules, view.specs) if divided else modules)
             outcome.caches.update(step.algorithm.quantize_caches(view, statistics))
             outcome.edited |= step.algorithm.edits(view)
 
@@ -214,12 +240,16 @@ class UnitWork:
 
     def _finish(self, outcome: Outcome) -> None:
         """What is known once every linear has found its form."""
+        waiting: dict[str, nn.Module] = {}
         for name, linear in self._views[0][1].linears.items():
             # Quality was judged on inputs that were multiplied already.
             if name in outcome.modules:
                 outcome.modules[name].input_multiplier = input_multiplier(linear)
+            elif self._plan.stage is not None and name not in self._claimed:  # a later stage may quantize it
+                waiting[name] = linear
             else:
                 undo_input_multiplier(linear)
+        outcome.multipliers = shared_multipliers(waiting)
         held = {f"{name}.{part}" for name in outcome.modules for part in ("weight", "bias")}
         outcome.edited -= held
         outcome.specs = {name: module.spec for name, module in outcome.modules.items()}

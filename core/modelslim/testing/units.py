@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modelslim.algorithm import Algorithm, Unit
+from modelslim.context import Context
 from modelslim.experts import ExpertLinear
 from modelslim.loader import dtype_name
 from modelslim.ports import Kinds, PortCollector
@@ -31,6 +32,7 @@ class Bench:
         linears: its linears by their full names.
         calls: the arguments of its forward, one tuple per sample.
         subgraphs: where smoothing may act in it.
+        context: what algorithms of one stage hand over.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Bench:
         self.linears = linears
         self.calls = calls
         self.subgraphs = subgraphs
+        self.context = Context()
 
     def unit(self, algorithm: Algorithm) -> Unit:
         """The unit as the engine shows it, for a saver whose engine holds scales in bfloat16."""
@@ -56,7 +59,8 @@ class Bench:
             if name in self.linears
         }
         modules = dict(self.module.named_modules(prefix=UNIT))
-        unit = Unit(UNIT, self.linears, specs, modules, self.subgraphs, self.module)
+        handed = self.context.view(algorithm.hands_over, algorithm.takes_over)
+        unit = Unit(UNIT, self.linears, specs, modules, self.subgraphs, self.module, context=handed)
         if not algorithm.replays:
             return unit
         calls = [ProcessRequest(UNIT, self.module, call) for call in self.calls]
