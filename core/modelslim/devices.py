@@ -163,6 +163,15 @@ def synchronize(device: str) -> None:
         torch.accelerator.synchronize(device)
 
 
+def peak_device_memory(device: str) -> int | None:
+    """Most bytes that tensors of this process held on an accelerator so far; None for the CPU."""
+    if device.startswith("cpu"):
+        return None
+    import torch
+
+    return int(getattr(torch, device.partition(":")[0]).max_memory_allocated(device))
+
+
 def has_integer_matmul(x: Tensor, weight: Tensor) -> bool:
     """True when the device multiplies int8 x [tokens, in] by int8 weight [out, in] and sums in 32 bits."""
     if x.is_cpu:

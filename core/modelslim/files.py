@@ -15,6 +15,8 @@ _WEIGHTS = (".safetensors", ".bin", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack",
 _WEIGHTS_PT = ("model", "weights", "consolidated", "checkpoint")
 _INDEX = ".index.json"
 _DESCRIPTION = "quant_model_description"
+# What an earlier run says of its result, where the source is one.
+_OF_A_RUN = ("report.html", "debug_info")
 
 
 def companions(source: Path) -> Iterator[Path]:
@@ -25,7 +27,7 @@ def companions(source: Path) -> Iterator[Path]:
             continue
         if _holds_weights(file) or file.name.endswith(_INDEX) or file.name.startswith(_DESCRIPTION):
             continue
-        if relative != Path("config.json"):
+        if relative != Path("config.json") and relative.parts[0] not in _OF_A_RUN:
             yield relative
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -72,6 +73,7 @@ class Plan:
         added: full names of the biases that smoothing adds to modules without one.
         target: the engine that the result is checked for; None when no contract of it is known.
         warnings: what the user should know and what does not stop the run.
+        seconds: what it took to make the plan.
     """
 
     protocol: Protocol
@@ -94,6 +96,7 @@ class Plan:
     added: frozenset[str]
     target: Target | None
     warnings: Sequence[str]
+    seconds: float = 0.0
 
     @property
     def specs(self) -> Mapping[str, QuantSpec]:
@@ -176,6 +179,7 @@ def make_plan(
         ProtocolError, PluginError, CapabilityError, ModelError, DatasetError, UsageError: before
             any weight is read.
     """
+    start = time.perf_counter()
     registry = Registry.scan()
     protocol, diagnostics = read_protocol(config_path, registry)
     if protocol is None:
@@ -281,6 +285,7 @@ def make_plan(
             *checks.warnings,
             *_left_float(info, model),
         ],
+        seconds=time.perf_counter() - start,
     )
 
 

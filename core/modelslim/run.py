@@ -11,7 +11,8 @@ from typing import Any
 from modelslim.errors import Diagnostic, VerificationError
 from modelslim.journal import FAULTY
 from modelslim.plan import Plan, make_plan
-from modelslim.report import REPORT, journal_header, make_report
+from modelslim.report import REPORT, Phases, journal_header, make_report
+from modelslim.report_page import write_page
 from modelslim.result import ResultWriter
 from modelslim.verify import verify_run
 from modelslim.writer import OutputDirectory, check_save_path, check_space, write_json
@@ -75,6 +76,7 @@ def run_plan(
     check: bool = True,
     restart: bool = False,
     say: Callable[[str], None] = lambda message: None,
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Execute a plan; see :func:`quantize`.
 
@@ -84,7 +86,10 @@ def run_plan(
         check: verify the result before it gets its name.
         restart: begin anew what an interrupted run left.
         say: called with what the user should know of an interrupted run that is continued.
+        command: the command line, for the report.
     """
+    phases = Phases()
+    phases.end("plan", plan.seconds)
     check_save_path(save_path, plan.checkpoint.path)
     check_space(save_path, sum(plan.result_sizes().values()))
     runner = plan.registry.load("runners", plan.runner)()
@@ -95,13 +100,18 @@ def run_plan(
             say(f"continuing {output.path}: {done} units are done")
         with ResultWriter(plan, output) as writer:
             units = runner.run(plan, writer)
+            phases.end("units")
             records = writer.finish()
-        report = {**make_report(plan, save_path, units, records), "verified": False}
+        report = {**make_report(plan, save_path, units, records, command), "verified": False}
+        phases.end("files and report")
+        report["phases"] = phases.done
         write_json(output.path / REPORT, report)
         if check:
             _verify(plan, output, units)
             report["verified"] = True
+            phases.end("verify")
             write_json(output.path / REPORT, report)
+        write_page(report, output.path)
         output.commit()
     plan.session.run_finished(report)
     return report

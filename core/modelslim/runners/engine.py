@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from modelslim.activations import Boundary
-from modelslim.devices import synchronize, work_alone
+from modelslim.devices import peak_device_memory, synchronize, work_alone
 from modelslim.edits import stored_edits
 from modelslim.kv_cache import QuantizedCache, attentions, open_places
 from modelslim.loader import Loader
 from modelslim.plan import Plan
 from modelslim.ports import PortCollector
 from modelslim.quantized import QuantizedLinear
+from modelslim.report import peak_memory
 from modelslim.result import ResultWriter
 from modelslim.runners.finished import FinishedUnits
 from modelslim.runners.standing import in_place
@@ -178,7 +179,7 @@ class Engine:
         self._written.update(stored, gone)
         self._writer.wait()
         clock.lap("write")
-        record = {"unit": unit, "seconds": clock.laps, **outcome.record}
+        record = {"unit": unit, "seconds": clock.laps, **clock.memory, **outcome.record}
         self._records.append(record)
         self._writer.put(unit, modules, caches, edited, copies, sorted(outcome.edited), record)
         self._plan.session.unit_finished(unit, index, self._total, record)
@@ -220,15 +221,22 @@ class Engine:
 
 
 class _Clock:
-    """Seconds by phase."""
+    """Seconds by phase, and the largest memory up to the end of each."""
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._last = time.perf_counter()
         self.laps: dict[str, float] = {}
+        self.memory: dict[str, dict[str, int]] = {}
 
     def lap(self, phase: str) -> None:
         synchronize(self._device)
         now = time.perf_counter()
         self.laps[phase] = round(now - self._last, 6)
+        for kind, peak in (
+            ("peak_memory_bytes", peak_memory()),
+            ("peak_device_memory_bytes", peak_device_memory(self._device)),
+        ):
+            if peak is not None:
+                self.memory.setdefault(kind, {})[phase] = peak
         self._last = now

@@ -17,6 +17,7 @@ from modelslim.errors import ModelError, QuantizationError
 from modelslim.experts import FusedExperts
 from modelslim.kv_cache import QuantizedCache
 from modelslim.multipliers import drop_input_multiplier, input_multiplier, undo_input_multiplier
+from modelslim.observed import Observed
 from modelslim.plan import Plan
 from modelslim.plan_checks import Step, with_held_scales
 from modelslim.ports import Kinds, PortCollector
@@ -40,6 +41,7 @@ class Outcome:
         edited: names of parameters that were changed in place or added and stay float.
         specs: what the quantized linears became, by the names of the modules that hold them.
         record: for the report.
+        observed: ranges that were measured; references, no copies.
     """
 
     modules: dict[str, QuantizedLinear] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class Outcome:
     edited: frozenset[str] = frozenset()
     specs: dict[str, QuantSpec] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    observed: Observed = field(default_factory=Observed)
 
 
 class UnitWork:
@@ -182,6 +185,7 @@ class UnitWork:
                 to be quantized: smoothing may have divided them.
         """
         linears, outputs = judged or ({}, {})
+        outcome.observed.enter(statistics)
         for step, seen in group:
             outputs.update(float_outputs({name: linears[name] for name in seen.specs if name in linears}, statistics))
             view = replace(seen, calls=calls[0], targets=calls[1]) if step.algorithm.replays else seen
@@ -189,6 +193,7 @@ class UnitWork:
                 outcome.modules[name] = _checked(name, module)
             outcome.caches.update(step.algorithm.quantize_caches(view, statistics))
             outcome.edited |= step.algorithm.edits(view)
+        outcome.observed.leave(statistics)
 
     def _calls(self, boundary: Boundary, reference: Boundary) -> Calls:
         """The calls of the unit, and what the float model gives for them."""
@@ -212,6 +217,8 @@ class UnitWork:
         outcome.edited -= held
         outcome.specs = {name: module.spec for name, module in outcome.modules.items()}
         outcome.record["linears"] = {name: spec.scheme for name, spec in outcome.specs.items()}
+        if activations := outcome.observed.as_data():
+            outcome.record["activations"] = activations
         if notes := {name: list(one.notes) for name, one in outcome.modules.items() if one.notes}:
             outcome.record["notes"] = notes
         if outcome.caches:
