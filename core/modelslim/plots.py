@@ -143,7 +143,9 @@ def _log_scale(values: Sequence[float]) -> tuple[float, float, list[float]]:
     low, high = low - room, high + room
     powers = range(math.floor(low), math.ceil(high) + 1)
     for steps in ((1, 2, 5), (1, 3), (1,)):
-        marks = [step * 10.0**power for power in powers for step in steps if low <= math.log10(step * 10.0**power) <= high]
+        marks = [
+            step * 10.0**power for power in powers for step in steps if low <= math.log10(step * 10.0**power) <= high
+        ]
         if len(marks) <= 5:
             return low, high, marks or [10 ** ((low + high) / 2)]
     return low, high, marks[:: -(-len(marks) // 5)]

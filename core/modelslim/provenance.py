@@ -75,18 +75,28 @@ def libraries(distributions: Sequence[str]) -> dict[str, str]:
     """Versions of what distributions require and what is installed, extras left out."""
     found = {}
     for distribution in distributions:
-        try:
-            wanted = requires(distribution) or []
-        except PackageNotFoundError:  # python itself, and what runs from a folder
-            continue
-        for text in wanted:
-            try:
-                requirement = Requirement(text)
-                if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                    found[re.sub(r"[-_.]+", "-", requirement.name).lower()] = version(requirement.name)
-            except (InvalidRequirement, PackageNotFoundError):  # pip's matter, not ours
-                continue
-    return {name: found[name] for name in sorted(found) if name not in distributions}
+        for requirement in _requirements(distribution):
+            name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+            if name not in distributions and (installed := _version(name)):
+                found[name] = installed
+    return dict(sorted(found.items()))
+
+
+def _requirements(distribution: str) -> list[Requirement]:
+    """What a distribution requires here; none of python itself."""
+    try:
+        wanted = [Requirement(text) for text in requires(distribution) or []]
+    except (PackageNotFoundError, InvalidRequirement):  # pip's matter, not ours
+        return []
+    return [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+
+
+def _version(distribution: str) -> str:
+    """Its version; empty when it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
 
 
 def sha256(data: bytes) -> str:

@@ -19,6 +19,7 @@ from modelslim.writer import explained
 PAGE = "report.html"
 _WORST = 20
 _MODULES = 14
+_ORIGIN = ("finished", "source", "protocol", "dataset", "libraries", "computer")
 
 
 def write_page(report: Mapping[str, Any], folder: Path, name: str = PAGE) -> Path:
@@ -57,13 +58,11 @@ def size(nbytes: float | None) -> str:
     if nbytes is None:
         return "not known"
     value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 1000:
-            break
+    power = 0
+    while abs(value) >= 1000 and power < 4:
         value /= 1000
-    else:
-        unit = "TB"
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        power += 1
+    return f"{value:.{0 if not power or value >= 100 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def seconds(value: float) -> str:
@@ -96,7 +95,7 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
     before, after = report["bytes_before"], report["bytes_after"]
     qualities = [(unit["linears"].get(name, ""), name, one) for unit in units for name, one in _qualities(unit)]
     qualities.sort(key=lambda one: -one[2]["relative_error"])
-    origin = report.get("provenance", {})
+    origin = {**dict.fromkeys(_ORIGIN), **report.get("provenance", {})}
     return {
         "report": report,
         "version": __version__,
