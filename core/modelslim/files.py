@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from modelslim.writer import save_error
+from modelslim.writer import DEBUG_INFO, save_error
 
 # The weights in any layout, and indices that would send an engine to them.
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz")
@@ -16,7 +16,7 @@ _WEIGHTS_PT = ("model", "weights", "consolidated", "checkpoint")
 _INDEX = ".index.json"
 _DESCRIPTION = "quant_model_description"
 # What an earlier run says of its result, where the source is one.
-_OF_A_RUN = ("report.html", "debug_info")
+_OF_A_RUN = ("report.html", DEBUG_INFO)
 
 
 def companions(source: Path) -> Iterator[Path]:

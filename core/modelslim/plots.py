@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 SHADES = 6
+_LEAST = math.log10(5)
+"""Room of a logarithmic scale whose values are nearly the same, so that what is small looks small."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _log_scale(values: Sequence[float]) -> tuple[float, float, list[float]]:
     """Both ends as logarithms, and marks at 1, 2 and 5 times powers of ten, not more than a few."""
     positive = [value for value in values if value > 0] or [1.0]
     low, high = math.log10(min(positive)), math.log10(max(positive))
-    room = max((high - low) * 0.06, 0.03)
+    room = max((high - low) * 0.06, (_LEAST - (high - low)) / 2)
     low, high = low - room, high + room
     powers = range(math.floor(low), math.ceil(high) + 1)
     for steps in ((1, 2, 5), (1, 3), (1,)):

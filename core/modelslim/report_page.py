@@ -91,7 +91,7 @@ def _breakable(name: str) -> Any:
 def _view(report: Mapping[str, Any]) -> dict[str, Any]:
     """What the template shows."""
     units = list(report.get("units", ()))
-    names = [unit["unit"] or "outside" for unit in units]
+    names = [".".join(unit["unit"].split(".")[-2:]) or "outside the units" for unit in units]
     before, after = report["bytes_before"], report["bytes_after"]
     qualities = [(unit["linears"].get(name, ""), name, one) for unit in units for name, one in _qualities(unit)]
     qualities.sort(key=lambda one: -one[2]["relative_error"])
@@ -141,8 +141,9 @@ def _qualities(unit: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 def _modules(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The largest modules, and the rest as one."""
-    shown = [dict(row) for row in rows[:_MODULES]]
-    if rest := rows[_MODULES:]:
+    most_rows = _MODULES if len(rows) > _MODULES + 1 else len(rows)
+    shown = [dict(row) for row in rows[:most_rows]]
+    if rest := rows[most_rows:]:
         schemes: Counter[str] = Counter()
         for row in rest:
             schemes.update(row["schemes"])

@@ -24,7 +24,7 @@ from modelslim.plan import Plan
 from modelslim.quantized import QuantizedExperts, QuantizedLinear
 from modelslim.saver import TensorRecord
 from modelslim.types import QuantSpec, TensorSpec
-from modelslim.writer import STATE, OutputDirectory, ShardWriter, explained, sync, write_json
+from modelslim.writer import DEBUG_INFO, STATE, OutputDirectory, ShardWriter, explained, sync, write_json
 
 _ENTRY_BYTES = 112  # of a header entry, without the name
 
@@ -37,14 +37,17 @@ class ResultWriter:
     Args:
         plan: the plan.
         output: where to write; what an earlier run has finished there is taken over.
+        debug: keep what is known of each unit.
 
     Attributes:
+        debug: True when what is known of each unit is kept.
         finished: what that run has written, in order of ``put``.
         path: where it lies.
         stored: its tensors by name.
     """
 
-    def __init__(self, plan: Plan, output: OutputDirectory) -> None:
+    def __init__(self, plan: Plan, output: OutputDirectory, debug: bool = False) -> None:
+        self.debug = debug
         self._plan = plan
         self._output = output
         self.finished = output.finished
@@ -123,9 +126,10 @@ class ResultWriter:
         """
         self.wait()
         self._shards.finish()
-        if (self.path / STATE).is_dir():
-            with explained(self.path):
-                shutil.rmtree(self.path / STATE)
+        for folder in (STATE,) if self.debug else (STATE, DEBUG_INFO):
+            if (self.path / folder).is_dir():
+                with explained(self.path):
+                    shutil.rmtree(self.path / folder)
         plan, records = self._plan, [one.record for one in self._written]
         for name, value in plan.saver.finish(records, plan.planned).items():
             write_json(self._output.path / name, value)

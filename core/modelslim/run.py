@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from modelslim.debug_info import has_unit, write_plan
 from modelslim.errors import Diagnostic, VerificationError
 from modelslim.journal import FAULTY
 from modelslim.plan import Plan, make_plan
@@ -15,7 +16,7 @@ from modelslim.report import REPORT, Phases, journal_header, make_report
 from modelslim.report_page import write_page
 from modelslim.result import ResultWriter
 from modelslim.verify import verify_run
-from modelslim.writer import OutputDirectory, check_save_path, check_space, write_json
+from modelslim.writer import DEBUG_INFO, OutputDirectory, check_save_path, check_space, write_json
 
 
 def quantize(
@@ -77,6 +78,7 @@ def run_plan(
     restart: bool = False,
     say: Callable[[str], None] = lambda message: None,
     command: Sequence[str] = (),
+    debug: bool = False,
 ) -> dict[str, Any]:
     """Execute a plan; see :func:`quantize`.
 
@@ -87,6 +89,7 @@ def run_plan(
         restart: begin anew what an interrupted run left.
         say: called with what the user should know of an interrupted run that is continued.
         command: the command line, for the report.
+        debug: keep scales, ranges and decisions in ``<save_path>/debug_info``.
     """
     phases = Phases()
     phases.end("plan", plan.seconds)
@@ -98,7 +101,12 @@ def run_plan(
         if output.finished:
             done = sum(one.report is not None for one in output.finished)
             say(f"continuing {output.path}: {done} units are done")
-        with ResultWriter(plan, output) as writer:
+        with ResultWriter(plan, output, debug) as writer:
+            if debug:
+                write_plan(output.path, plan)
+                lost = sum(not has_unit(output.path, number) for number in range(len(output.finished)))
+                if lost:
+                    say(f"{lost} of them were done without --debug and are not in {DEBUG_INFO}")
             units = runner.run(plan, writer)
             phases.end("units")
             records = writer.finish()

@@ -23,16 +23,21 @@ WriteProtocol = Callable[[str], Path]
 
 GOOD = sorted((Path(__file__).parents[1] / "protocol" / "good").glob("*.yaml"))
 OPTIONS = {
-    "quant": "model_path save_path config_path device model_type engine tp trust_remote_code restart verify json quiet",
+    "quant": "model_path save_path config_path device model_type engine tp trust_remote_code restart debug verify json "
+    "quiet",
     "plan": "model_path config_path device model_type engine tp trust_remote_code json",
     "verify": "float engine tp trust_remote_code json",
     "convert": "save_path to part_file_size round_scales engine tp trust_remote_code verify json quiet",
+    "inspect": "json",
+    "report": "output json",
     "eval": "float text window max_tokens dtype device trust_remote_code json",
     "demo": "save_path device json",
     "plugins": "json",
     "schema": "apiversion",
 }
-PROGRESS = re.compile(r"\[(\d)/3\] quantizing model\.layers\.(\d): 7 linears, \d+\.\d\d s, about \d+ s left")
+PROGRESS = re.compile(
+    r"\[(\d)/3\] quantizing model\.layers\.(\d): 7 linears, (?:error \d\.\d{4}, )?\d+ MB, \d+\.\d\d s, about \d+ s left"
+)
 
 
 def document(done: subprocess.CompletedProcess[str]) -> Any:

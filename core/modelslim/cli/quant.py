@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from modelslim.cli.options import (
     json_option,
     model_path_option,
     model_type_option,
+    option,
     quiet_option,
     restart_option,
     save_path_option,
@@ -41,6 +41,11 @@ from modelslim.cli.output import Output, pass_output
 @trust_remote_code_option
 @verify_option
 @restart_option
+@option(
+    "--debug",
+    is_flag=True,
+    help="Keep scales, ranges and decisions in <save_path>/debug_info, for modelslim inspect.",
+)
 @json_option
 @quiet_option
 @pass_output
@@ -56,6 +61,7 @@ def command(
     trust_remote_code: bool,
     check: bool,
     restart: bool,
+    debug: bool,
 ) -> None:
     """Quantize a model and write the result.
 
@@ -94,7 +100,7 @@ def command(
     with (
         asked.protocol_file() if asked else nullcontext(config_path) as config_path,
         progress(output, "quantizing") as observers,
-        redirect_stdout(sys.stderr),
+        output.foreign_prints(),
     ):
         plan = make_plan(
             model_path,
@@ -108,7 +114,10 @@ def command(
         )
         for warning in plan.warnings:
             output.warn(warning)
-        report = run_plan(plan, save_path, check=check, restart=restart, say=output.note)
+        output.debug(f"planned in {plan.seconds:.2f} s: {plan.adapter} on {plan.device}, {len(plan.info.units)} units")
+        report = run_plan(
+            plan, save_path, check=check, restart=restart, say=output.note, command=output.command, debug=debug
+        )
     unseen = idle_experts(report)
     if unseen:
         borrowed = sum(len(unit.get("borrowed", ())) for unit in report["units"])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from modelslim.activations import Boundary
+from modelslim.debug_info import write_unit
 from modelslim.devices import peak_device_memory, synchronize, work_alone
 from modelslim.edits import stored_edits
 from modelslim.kv_cache import QuantizedCache, attentions, open_places
@@ -181,6 +182,8 @@ class Engine:
         clock.lap("write")
         record = {"unit": unit, "seconds": clock.laps, **clock.memory, **outcome.record}
         self._records.append(record)
+        if self._writer.debug:
+            write_unit(self._writer.path, index, modules, caches, outcome.observed, record)
         self._writer.put(unit, modules, caches, edited, copies, sorted(outcome.edited), record)
         self._plan.session.unit_finished(unit, index, self._total, record)
 

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``quant --debug`` keeps, against an independent computation, and what ``inspect`` shows of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+Program = Callable[..., subprocess.CompletedProcess[str]]
+WriteProtocol = Callable[[str], Path]
+Q_PROJ = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.fixture
+def smoothed(w8a8_static: str) -> str:
+    """The static protocol, smoothed first."""
+    return w8a8_static.replace("  process:\n", "  process:\n    - type: flex_smooth_quant\n")
+
+
+@pytest.fixture
+def quant(here: Program, tiny_llama: Path, protocol: WriteProtocol, tmp_path: Path) -> Program:
+    def run(text: str, *options: str) -> subprocess.CompletedProcess[str]:
+        paths = ["--model_path", str(tiny_llama), "--save_path", str(tmp_path / "out")]
+        return here("quant", *paths, "--config_path", protocol(text), "--device", "cpu", *options)
+
+    return run
+
+
+def inputs_of(model_path: Path, linear: str, texts: tuple[str, ...]) -> torch.Tensor:
+    """What flows into a linear in transformers' own model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
+    seen: list[torch.Tensor] = []
+    model.get_submodule(linear).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for text in texts:
+            model(**tokenizer(text, return_tensors="pt"))
+    return torch.cat(seen)
+
+
+def test_ranges_divisors_and_scales_are_those_of_the_run(
+    quant: Program,
+    here: Program,
+    smoothed: str,
+    tiny_llama: Path,
+    calibration_texts: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    assert quant(smoothed, "--debug").returncode == 0
+    folder = tmp_path / "out" / "debug_info"
+    tensors = load_file(folder / "unit-00001.safetensors")
+    x = inputs_of(tiny_llama, Q_PROJ, calibration_texts)
+    divisor = tensors[f"{Q_PROJ}/input_divisor"]
+    for word, float_range in (("minimum", x.amin(0)), ("maximum", x.amax(0))):
+        assert torch.equal(tensors[f"{Q_PROJ}/float_input_{word}"], float_range)
+        assert torch.allclose(tensors[f"{Q_PROJ}/input_{word}"], float_range.float() / divisor)
+    # The static scale covers the divided range; the format stores the same.
+    low, high = (tensors[f"{Q_PROJ}/input_{word}"] for word in ("minimum", "maximum"))
+    step = (high.amax().clamp(min=0) - low.amin().clamp(max=0)) / 255
+    assert torch.allclose(tensors[f"{Q_PROJ}/input_scale"], step, rtol=0.01)
+    stored = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    assert torch.equal(tensors[f"{Q_PROJ}/scale"].flatten(), stored[f"{Q_PROJ}.weight_scale"].float().flatten())
+    plan = json.loads((folder / "plan.json").read_text())
+    assert {row["scheme"] for row in plan["weights"]} == {"W8A8", "FLOAT"}
+    # What lies there disturbs neither loaders nor checks.
+    assert here("verify", tmp_path / "out", "--float", tiny_llama).returncode == 0
+
+
+def test_inspect_shows_linears_and_sums_up_tensors(
+    quant: Program, here: Program, smoothed: str, tmp_path: Path
+) -> None:
+    fallback = smoothed.replace('include: ["*"]', 'include: ["*"]\n      fallback: {above: 0.0}')
+    assert quant(fallback if "fallback" in fallback else smoothed, "--debug").returncode in (0, 2)
+    if not (tmp_path / "out").exists():
+        assert quant(smoothed, "--debug").returncode == 0
+    data = json.loads(here("inspect", tmp_path / "out", "--json").stdout)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    linears = {name for unit in report["units"] for name in unit["linears"]}
+    assert linears <= data["linears"].keys()
+    tensors = load_file(tmp_path / "out" / "debug_info" / "unit-00001.safetensors")
+    name = f"{Q_PROJ}/input_divisor"
+    one = data["tensors"][name]
+    assert (one["dtype"], one["shape"]) == ("float32", list(tensors[name].shape))
+    assert one["mean"] == pytest.approx(tensors[name].double().mean().item())
+    assert "values" not in one and len(data["tensors"][f"{Q_PROJ}/scale"]["shape"]) == 2
+    people = here("inspect", tmp_path / "out" / "debug_info", "*layers.1.*q_proj")
+    assert people.returncode == 0
+    assert re.search(rf"{re.escape(Q_PROJ)} +\S+ +\d\.\d{{4}}", people.stdout)
+    assert re.search(rf"{re.escape(name)} +float32 +64 +{one['minimum']:.4g} +{one['mean']:.4g}", people.stdout)
+    some = json.loads(here("inspect", tmp_path / "out", "*/input_divisor", "--json").stdout)
+    assert some["tensors"].keys() == {key for key in data["tensors"] if key.endswith("/input_divisor")}
+    done = here("inspect", tmp_path / "out", "q_porj")
+    assert done.returncode == 2 and "did you mean 'q_proj'?" in done.stderr
+
+
+def test_without_debug_nothing_is_kept_and_inspect_says_how(
+    quant: Program, here: Program, w8a8_static: str, tmp_path: Path
+) -> None:
+    assert quant(w8a8_static).returncode == 0
+    assert not (tmp_path / "out" / "debug_info").exists()
+    done = here("inspect", tmp_path / "out")
+    assert done.returncode == 2
+    assert "modelslim quant --debug" in done.stderr
+
+
+def test_debug_changes_no_byte_of_the_result(
+    quant: Program, smoothed: str, tmp_path: Path, snapshot: Callable[[Path], dict[str, str]]
+) -> None:
+    def result(*options: str) -> dict[str, str]:
+        assert quant(smoothed, *options).returncode == 0
+        files = snapshot(tmp_path / "out")
+        (tmp_path / "out").rename(tmp_path / f"out{len(options)}")
+        return {name: one for name, one in files.items() if not name.startswith(("report.", "debug_info"))}
+
+    assert result() == result("--debug")
