@@ -104,6 +104,37 @@ def test_quant_gives_programs_the_report_that_it_saves(quant: Program, w8a8_dyna
     assert report["dataset"] is None
 
 
+def test_quant_gives_programs_events_and_people_no_line_twice(quant: Program, w8a8_static: str, tmp_path: Path) -> None:
+    done = quant(w8a8_static)
+    lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    assert len(lines) == len(set(lines))
+    (tmp_path / "out").rename(tmp_path / "first")
+    done = quant(w8a8_static, "--json")
+    report = document(done)
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [event["event"] for event in events] == ["unit_started", "unit_finished"] * 3
+    for event, unit in zip(events[1::2], report["units"], strict=True):
+        assert (event["unit"], event["seconds"], event["linears"]) == (unit["unit"], unit["seconds"], 7)
+        assert event["relative_error"] == max(one["relative_error"] for one in unit["quality"].values())
+        assert event["peak_memory_bytes"] == max(unit["peak_memory_bytes"].values())
+    assert events[-1]["seconds_left"] == 0
+
+
+def test_a_log_level_makes_quant_say_more_or_less(
+    quant: Program, w8a8_static: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {}
+    for level in ("DEBUG", "INFO", "WARNING"):
+        monkeypatch.setenv("MSMODELSLIM_LOG_LEVEL", level)
+        said[level] = quant(w8a8_static).stderr.splitlines()
+        (tmp_path / "out").rename(tmp_path / level)
+    assert (len(said["INFO"]), said["WARNING"]) == (3, [])
+    assert len(said["DEBUG"]) == 7 and "calibrate and quantize 0." in said["DEBUG"][2]
+    monkeypatch.setenv("MSMODELSLIM_LOG_LEVEL", "loud")
+    done = quant(w8a8_static)
+    assert done.returncode == 2 and "one of DEBUG, INFO, WARNING, ERROR" in done.stderr
+
+
 def test_convert_there_and_to_float(quant: Program, here: Program, w8a8_dynamic: str, tmp_path: Path) -> None:
     quant(w8a8_dynamic)
     there = here("convert", tmp_path / "out", "--save_path", tmp_path / "there", "--to", "compressed_tensors_saver")

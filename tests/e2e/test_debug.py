@@ -63,12 +63,14 @@ def test_ranges_divisors_and_scales_are_those_of_the_run(
     for word, float_range in (("minimum", x.amin(0)), ("maximum", x.amax(0))):
         assert torch.equal(tensors[f"{Q_PROJ}/float_input_{word}"], float_range)
         assert torch.allclose(tensors[f"{Q_PROJ}/input_{word}"], float_range.float() / divisor)
-    # The static scale covers the divided range; the format stores the same.
+    # The static scale covers the divided range; the format stores it, and its product with the weight's.
     low, high = (tensors[f"{Q_PROJ}/input_{word}"] for word in ("minimum", "maximum"))
     step = (high.amax().clamp(min=0) - low.amin().clamp(max=0)) / 255
     assert torch.allclose(tensors[f"{Q_PROJ}/input_scale"], step, rtol=0.01)
     stored = load_file(next((tmp_path / "out").glob("*.safetensors")))
-    assert torch.equal(tensors[f"{Q_PROJ}/scale"].flatten(), stored[f"{Q_PROJ}.weight_scale"].float().flatten())
+    assert torch.equal(tensors[f"{Q_PROJ}/input_scale"], stored[f"{Q_PROJ}.input_scale"].float())
+    product = tensors[f"{Q_PROJ}/scale"].flatten() * tensors[f"{Q_PROJ}/input_scale"]
+    assert torch.allclose(product, stored[f"{Q_PROJ}.deq_scale"].flatten())
     plan = json.loads((folder / "plan.json").read_text())
     assert {row["scheme"] for row in plan["weights"]} == {"W8A8", "FLOAT"}
     # What lies there disturbs neither loaders nor checks.
@@ -78,24 +80,30 @@ def test_ranges_divisors_and_scales_are_those_of_the_run(
 def test_inspect_shows_linears_and_sums_up_tensors(
     quant: Program, here: Program, smoothed: str, tmp_path: Path
 ) -> None:
-    fallback = smoothed.replace('include: ["*"]', 'include: ["*"]\n      fallback: {above: 0.0}')
-    assert quant(fallback if "fallback" in fallback else smoothed, "--debug").returncode in (0, 2)
-    if not (tmp_path / "out").exists():
-        assert quant(smoothed, "--debug").returncode == 0
-    data = json.loads(here("inspect", tmp_path / "out", "--json").stdout)
+    assert quant(smoothed).returncode == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    linears = {name for unit in report["units"] for name in unit["linears"]}
-    assert linears <= data["linears"].keys()
+    qualities = {name: one for unit in report["units"] for name, one in unit["quality"].items()}
+    worst = max(qualities, key=lambda name: float(qualities[name]["relative_error"]))
+    bound = 0.99 * qualities[worst]["relative_error"]
+    (tmp_path / "out").rename(tmp_path / "before")
+    strict = smoothed.replace("include:", f"fallback: {{above: {bound}}}\n      include:")
+    assert quant(strict, "--debug").returncode == 0
+    data = json.loads(here("inspect", tmp_path / "out", "--json").stdout)
+    assert data["linears"].keys() == qualities.keys()
+    fate = data["linears"][worst]
+    assert (fate["scheme"], fate["fell_back"]["from"], fate["spec"]) == ("FLOAT", "W8A8", None)
+    people = here("inspect", tmp_path / "out").stdout
+    assert re.search(rf"{re.escape(worst)} +FLOAT +fell back from W8A8 to FLOAT", people)
     tensors = load_file(tmp_path / "out" / "debug_info" / "unit-00001.safetensors")
     name = f"{Q_PROJ}/input_divisor"
     one = data["tensors"][name]
     assert (one["dtype"], one["shape"]) == ("float32", list(tensors[name].shape))
     assert one["mean"] == pytest.approx(tensors[name].double().mean().item())
     assert "values" not in one and len(data["tensors"][f"{Q_PROJ}/scale"]["shape"]) == 2
-    people = here("inspect", tmp_path / "out" / "debug_info", "*layers.1.*q_proj")
-    assert people.returncode == 0
-    assert re.search(rf"{re.escape(Q_PROJ)} +\S+ +\d\.\d{{4}}", people.stdout)
-    assert re.search(rf"{re.escape(name)} +float32 +64 +{one['minimum']:.4g} +{one['mean']:.4g}", people.stdout)
+    done = here("inspect", tmp_path / "out" / "debug_info", "*layers.1.*q_proj")
+    assert done.returncode == 0
+    assert re.search(rf"{re.escape(Q_PROJ)} +\S+ +\d\.\d{{4}}", done.stdout)
+    assert re.search(rf"{re.escape(name)} +float32 +64 +{one['minimum']:.4g} +{one['mean']:.4g}", done.stdout)
     some = json.loads(here("inspect", tmp_path / "out", "*/input_divisor", "--json").stdout)
     assert some["tensors"].keys() == {key for key in data["tensors"] if key.endswith("/input_divisor")}
     done = here("inspect", tmp_path / "out", "q_porj")
