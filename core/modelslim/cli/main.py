@@ -15,6 +15,7 @@ from modelslim import __version__
 from modelslim.cli.errors import DONE, exit_code
 from modelslim.cli.logs import log_level, messages_of_others
 from modelslim.cli.output import Output
+from modelslim.cli.signals import orderly_end
 from modelslim.errors import UsageError, nearest
 
 COMMANDS: Mapping[str, str] = {
@@ -84,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> int:
     output.command = ("modelslim", *arguments)
     try:
         output.level = log_level(os.environ)
-        with messages_of_others(output):
+        with messages_of_others(output), orderly_end():
             code = cli.main(arguments or ["--help"], standalone_mode=False, obj=output)
     except (Exception, KeyboardInterrupt) as error:
         if "--json" in arguments:  # a usage error may come before the option was read
