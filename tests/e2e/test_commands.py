@@ -23,9 +23,9 @@ WriteProtocol = Callable[[str], Path]
 
 GOOD = sorted((Path(__file__).parents[1] / "protocol" / "good").glob("*.yaml"))
 OPTIONS = {
-    "quant": "model_path save_path config_path device model_type engine tp trust_remote_code restart debug verify json "
-    "quiet",
-    "plan": "model_path config_path device model_type engine tp trust_remote_code json",
+    "quant": "model_path save_path config_path device workers model_type engine tp trust_remote_code restart debug verify "
+    "json quiet",
+    "plan": "model_path config_path device workers model_type engine tp trust_remote_code json",
     "verify": "float engine tp trust_remote_code json",
     "convert": "save_path to part_file_size round_scales engine tp trust_remote_code verify json quiet",
     "inspect": "json",
@@ -80,7 +80,9 @@ def test_help_of_a_command_shows_its_options(command: str, here: Program) -> Non
 def test_quant_tells_people_what_it_does_and_what_came_out(quant: Program, w8a8_static: str, tmp_path: Path) -> None:
     done = quant(w8a8_static)
     assert done.returncode == 0
-    matches = [PROGRESS.fullmatch(line) for line in done.stderr.splitlines()]
+    runner, *lines = done.stderr.splitlines()
+    assert runner.startswith("runner layer_wise: ")
+    matches = [PROGRESS.fullmatch(line) for line in lines]
     assert [match and match.groups() for match in matches] == [("1", "0"), ("2", "1"), ("3", "2")]
     lines = done.stdout.splitlines()
     last = next(index for index, line in enumerate(lines) if re.fullmatch(r"Quantized in \d+\.\d s", line))
@@ -112,8 +114,8 @@ def test_quant_gives_programs_events_and_people_no_line_twice(quant: Program, w8
     done = quant(w8a8_static, "--json")
     report = document(done)
     events = [json.loads(line) for line in done.stderr.splitlines()]
-    assert [event["event"] for event in events] == ["unit_started", "unit_finished"] * 3
-    for event, unit in zip(events[1::2], report["units"], strict=True):
+    assert [event["event"] for event in events] == ["note", *["unit_started", "unit_finished"] * 3]
+    for event, unit in zip(events[2::2], report["units"], strict=True):
         assert (event["unit"], event["seconds"], event["linears"]) == (unit["unit"], unit["seconds"], 7)
         assert event["relative_error"] == max(one["relative_error"] for one in unit["quality"].values())
         assert event["peak_memory_bytes"] == max(unit["peak_memory_bytes"].values())
@@ -128,8 +130,8 @@ def test_a_log_level_makes_quant_say_more_or_less(
         monkeypatch.setenv("MSMODELSLIM_LOG_LEVEL", level)
         said[level] = quant(w8a8_static).stderr.splitlines()
         (tmp_path / "out").rename(tmp_path / level)
-    assert (len(said["INFO"]), said["WARNING"]) == (3, [])
-    assert len(said["DEBUG"]) == 7 and "calibrate and quantize 0." in said["DEBUG"][2]
+    assert (len(said["INFO"]), said["WARNING"]) == (4, [])
+    assert len(said["DEBUG"]) == 8 and "calibrate and quantize 0." in said["DEBUG"][3]
     monkeypatch.setenv("MSMODELSLIM_LOG_LEVEL", "loud")
     done = quant(w8a8_static)
     assert done.returncode == 2 and "one of DEBUG, INFO, WARNING, ERROR" in done.stderr
@@ -198,7 +200,7 @@ def test_the_guides_command_line_works_in_both_spellings(
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', separator)}", value)]
     done = program("quant", *words)
     assert done.returncode == 0, done.stderr
-    assert all(PROGRESS.fullmatch(line) for line in done.stderr.splitlines())
+    assert all(PROGRESS.fullmatch(line) for line in done.stderr.splitlines()[1:])
     assert (tmp_path / "out" / "report.json").exists()
 
 
