@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,6 +21,16 @@ from modelslim.cli.options import (
     workers_option,
 )
 from modelslim.cli.output import Output, pass_output
+
+_OTHERS = {
+    "pattern": "all else",
+    "layers": "",
+    "count": "",
+    "shape": (),
+    "scheme": "FLOAT",
+    "bits": None,
+    "why": "embeddings, norms and the like",
+}
 
 
 @click.command()
@@ -51,7 +63,7 @@ def command(
 
     prepare_threads()
     from modelslim.plan import make_plan
-    from modelslim.plan_table import as_data, rows
+    from modelslim.plan_table import as_data
 
     devices = resolve_devices(device, workers)
     plan = make_plan(
@@ -66,13 +78,24 @@ def command(
     )
     for warning in plan.warnings:
         output.warn(warning)
+    data = as_data(plan)
     output.table(
         f"{len(plan.info.units)} units of {model_path}",
-        ["weights", "count", "shape", "becomes", "because of"],
-        [(row.pattern, row.count, " x ".join(map(str, row.shape)), row.scheme, row.why) for row in rows(plan)],
+        ["weights", "layers", "count", "shape", "becomes", "bits", "size", "because of"],
+        [
+            (
+                row["pattern"],
+                row["layers"],
+                row["count"],
+                " x ".join(map(str, row["shape"])),
+                row["scheme"],
+                "" if row["bits"] is None else f"{row['bits']:.4g}",
+                _change(row["bytes_before"], row["bytes_after"]),
+                row["why"],
+            )
+            for row in [*data["weights"], _OTHERS | data["others"]]
+        ],
     )
-    data = as_data(plan)
-    before, after = data["bytes_before"], data["bytes_after"]
     calibration = "none"
     if plan.dataset is not None:
         passes = data["forward_passes"]
@@ -98,7 +121,8 @@ def command(
         "",
         ["", ""],
         [
-            ("size", f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB"),
+            ("size", _change(data["bytes_before"], data["bytes_after"])),
+            ("bits per weight, of linears", _bits(data["bits_per_weight"])),
             ("calibration", calibration),
             ("device", ", ".join(dict.fromkeys(devices))),
             ("runner", f"{plan.runner}: {plan.runner_why}"),
@@ -106,4 +130,23 @@ def command(
             ("engine", data["engine"] or "not known"),
         ],
     )
+    output.table("", ["engine", "loads the result"], [(one["engine"], _verdict(one)) for one in data["engines"]])
     output.data(data)
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB"
+
+
+def _bits(bits: Mapping[str, float | None]) -> str:
+    if bits["quantized"] is None:
+        return f"{bits['before']} -> {bits['after']}"
+    return f"{bits['before']} -> {bits['after']}; {bits['quantized']} where quantized, scales included"
+
+
+def _verdict(one: Mapping[str, Any]) -> str:
+    if one["loads"]:
+        return "yes"
+    if one["rules"] == ["formats"]:
+        return "no: it does not read this format"
+    return f"no: {', '.join(one['rules'])}; --engine {one['engine']} says more"
