@@ -15,13 +15,15 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modelslim.errors import UsageError
+from modelslim.kv_cache import QuantizedCache
 from modelslim.observed import Observed
 from modelslim.patterns import matches_name
 from modelslim.plan import Plan
 from modelslim.plan_table import as_data
+from modelslim.quantized import QuantizedLinear
 from modelslim.writer import DEBUG_INFO, explained, write_json
 
 _NO_CONTEXT = frozenset({"codes", "bias"})
@@ -46,8 +48,8 @@ def write_plan(folder: Path, plan: Plan) -> None:
 def write_unit(
     folder: Path,
     number: int,
-    modules: Mapping[str, nn.Module],
-    caches: Mapping[str, nn.Module],
+    modules: Mapping[str, QuantizedLinear],
+    caches: Mapping[str, QuantizedCache],
     observed: Observed,
     record: Mapping[str, Any],
 ) -> None:
@@ -77,7 +79,8 @@ def write_unit(
                 tensors[f"{name}/{prefix}_maximum"] = torch.as_tensor(port.maximum)
     tensors |= {f"{name}/input_divisor": divisor for name, divisor in observed.divisors.items()}
     kept = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    specs = {name: asdict(module.spec) for name, module in {**modules, **caches}.items()}
+    specs = {name: asdict(module.spec) for name, module in modules.items()}
+    specs |= {name: asdict(cache.spec) for name, cache in caches.items()}
     with explained(folder):
         (folder / DEBUG_INFO).mkdir(exist_ok=True)
         file = folder / DEBUG_INFO / f"{_stem(number)}.safetensors"

@@ -63,9 +63,10 @@ class Observed:
 def _ranges(statistics: UnitStatistics) -> Iterator[tuple[list[str], Range]]:
     """The range of each port, with the linears that read it."""
     groups: dict[int, tuple[list[str], Range]] = {}
-    channels = dict(statistics.measured(ChannelRange))
-    whole = {name: parts for name, parts in statistics.measured(TensorRange) if name not in channels}
-    for name, parts in {**channels, **whole}.items():
+    found: dict[str, list[Any]] = dict(statistics.measured(ChannelRange))
+    for name, others in statistics.measured(TensorRange):
+        found.setdefault(name, others)
+    for name, parts in found.items():
         if id(parts[0]) not in groups:
             groups[id(parts[0])] = ([], _merged(parts))
         groups[id(parts[0])][0].append(name)

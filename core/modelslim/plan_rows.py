@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -57,7 +57,7 @@ def rows(plan: Plan) -> list[Row]:
         grouped.setdefault((star(name), shape, scheme, why), []).append((unit, before, after))
     found = []
     for (pattern, shape, scheme, why), members in grouped.items():
-        before, after = (round(sum(member[place] for member in members)) for place in (1, 2))
+        before, after = round(sum(one for _, one, _ in members)), round(sum(one for _, _, one in members))
         bits = round(8 * after / (len(members) * prod(shape)), 2) if before else None
         layers = _ranges(_number(unit) for unit, _, _ in members)
         found.append(Row(pattern, layers, len(members), shape, scheme, why, before, after, bits))
@@ -127,7 +127,7 @@ class _Reasons:
             return self._origin[linear.name]
         for place, pattern in self._excludes:
             if matches(linear, pattern):
-                return f"{pattern!r} in {place} excludes it"
+                return f"excluded by {pattern!r}, {place}"
         if not self._plan.stored_keys(f"{linear.module}.weight"):
             return "not stored: it is tied to another weight"
         return "no entry selects it" if linear.unit else "outside the layers; name it outright to quantize it"
@@ -165,8 +165,13 @@ def _ranges(numbers: Iterable[int | None]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
-def verdicts(plan: Plan) -> list[Mapping[str, Any]]:
-    """What the engines make of the result, of each the newest version that is known and the one that was asked for."""
+def verdicts(plan: Plan) -> list[dict[str, Any]]:
+    """What engines make of the result: of each the newest version that is known, or the one that was asked for.
+
+    Returns:
+        Objects with ``engine``, ``loads`` (None where nothing speaks against it and not all rules are known), the
+        broken ``rules`` and the ``problems`` in words.
+    """
     from modelslim.engine_rules import Target, find_problems
     from modelslim.engines import read_contracts
 
@@ -175,10 +180,12 @@ def verdicts(plan: Plan) -> list[Mapping[str, Any]]:
         newest[plan.target.contract.engine] = plan.target.contract
     tp = plan.target.tp if plan.target else 1
     saver = plan.protocol.save[0].type
-    found = []
+    found: list[dict[str, Any]] = []
     for contract in newest.values():
         problems = find_problems(Target(contract, tp, asked=True), saver, plan.planned)
         messages = [problem.message for problem in problems]
         rules = dict.fromkeys(rule for text in messages for rule in re.findall(r": (\w+)\]$", text))
-        found.append({"engine": contract.name, "loads": not problems, "rules": list(rules), "problems": messages})
+        is_known = saver not in contract.formats or contract.formats[saver].schemes is not None
+        loads = False if problems else True if is_known else None
+        found.append({"engine": contract.name, "loads": loads, "rules": list(rules), "problems": messages})
     return found

@@ -255,10 +255,10 @@ def test_plan_says_which_line_excludes_what_engines_say_and_reads_no_weight(
     plan = document(here(*words, "--json"))
     down = [row for row in plan["weights"] if row["pattern"].endswith("down_proj")]
     assert [(row["layers"], row["scheme"]) for row in down] == [("0, 2", "W8A8"), ("1", "FLOAT")]
-    assert down[1]["why"] == "'*layers.1.*down*' in spec.process[0].exclude[0], line 9 excludes it"
+    assert down[1]["why"] == "excluded by '*layers.1.*down*', spec.process[0].exclude[0], line 9"
     assert (down[1]["bits"], down[1]["bytes_after"]) == (16, down[1]["bytes_before"])
     engines = {one["engine"].split("-0")[0]: one for one in plan["engines"]}
-    assert engines["vllm-ascend"]["loads"] is True
+    assert (engines["vllm-ascend"]["loads"], engines["mindie"]["loads"]) == (True, None)
     assert engines["vllm"]["rules"] == ["formats"]
     assert "does not read what ascendv1_saver writes" in engines["vllm"]["problems"][0]
     assert "no: it does not read this format" in here(*words).stdout

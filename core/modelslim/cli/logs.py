@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TextIO
 
 from modelslim.cli.output import Output
 from modelslim.errors import UsageError, nearest
@@ -95,7 +95,15 @@ class _Handler(logging.Handler):
         else:
             self._leave(text)
 
-    def show_warning(self, message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    def show_warning(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         """In place of ``warnings.showwarning``."""
         self._leave(f"{filename}:{lineno}: {category.__name__}: {message}")
 

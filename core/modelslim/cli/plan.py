@@ -145,6 +145,8 @@ def _bits(bits: Mapping[str, float | None]) -> str:
 
 
 def _verdict(one: Mapping[str, Any]) -> str:
+    if one["loads"] is None:
+        return "nothing known speaks against it"
     if one["loads"]:
         return "yes"
     if one["rules"] == ["formats"]:

@@ -70,8 +70,7 @@ class _Clock:
     def __init__(self) -> None:
         self._start = 0.0
 
-    @hookimpl
-    def unit_started(self, index: int) -> None:
+    def begin(self, index: int) -> None:
         if not index:
             self._start = time.monotonic()
 
@@ -86,6 +85,10 @@ class _Lines(_Clock):
         super().__init__()
         self._output = output
         self._what = what
+
+    @hookimpl
+    def unit_started(self, index: int) -> None:
+        self.begin(index)
 
     @hookimpl
     def unit_finished(self, name: str, index: int, total: int, record: Mapping[str, Any]) -> None:
@@ -108,7 +111,7 @@ class _Events(_Clock):
 
     @hookimpl
     def unit_started(self, name: str, index: int, total: int) -> None:
-        super().unit_started(index)
+        self.begin(index)
         self._output.event("unit_started", unit=name, index=index, total=total)
 
     @hookimpl
