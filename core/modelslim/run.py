@@ -35,6 +35,7 @@ def quantize(
     tp: int = 1,
     check: bool = True,
     restart: bool = False,
+    debug: bool = False,
     observers: Sequence[tuple[str, object]] = (),
 ) -> dict[str, Any]:
     """Quantize a checkpoint.
@@ -52,6 +53,7 @@ def quantize(
         tp: the engine's degree of tensor parallelism.
         check: verify the result before it gets its name.
         restart: begin anew what an interrupted run left in ``<save_path>.partial``; False to continue it.
+        debug: keep scales, ranges and decisions in ``<save_path>/debug_info``.
         observers: further plugins of this run, by name; of the first process alone.
 
     Returns:
@@ -76,7 +78,7 @@ def quantize(
     with crew(device, workers, {"save_path": str(save_path), "planned": planned}) as members:
         plan = plan_as(members, planned, observers)
         with members.meet() as ranks:
-            return run_plan(plan, save_path, check=check, restart=restart, ranks=ranks)
+            return run_plan(plan, save_path, check=check, restart=restart, debug=debug, ranks=ranks)
 
 
 def plan_as(members: Crew, planned: Mapping[str, Any], observers: Sequence[tuple[str, object]] = ()) -> Plan:

@@ -13,6 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modelslim.hookspecs import hookimpl
+from modelslim.run import quantize
+
 Program = Callable[..., subprocess.CompletedProcess[str]]
 WriteProtocol = Callable[[str], Path]
 Q_PROJ = "model.layers.1.self_attn.q_proj"
@@ -130,3 +133,28 @@ def test_debug_changes_no_byte_of_the_result(
         return {name: one for name, one in files.items() if not name.startswith(("report.", "debug_info"))}
 
     assert result() == result("--debug")
+
+
+class Breaks:
+    """Ends the run when its second unit is done."""
+
+    @hookimpl
+    def unit_finished(self, index: int) -> None:
+        if index == 1:
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("debug", [True, False])
+def test_an_interrupted_run_keeps_what_it_knew_and_one_without_debug_says_what_is_missing(
+    debug: bool, tiny_llama: Path, protocol: WriteProtocol, smoothed: str, here: Program, tmp_path: Path
+) -> None:
+    config, save = protocol(smoothed), tmp_path / "out"
+    with pytest.raises(ZeroDivisionError):
+        quantize(tiny_llama, save, config, device="cpu", debug=debug, observers=[("breaks", Breaks())])
+    paths = ("--model_path", tiny_llama, "--save_path", save, "--config_path", config)
+    done = here("quant", *paths, "--device", "cpu", "--debug")
+    assert done.returncode == 0 and "continuing" in done.stderr
+    assert ("done without --debug and are not in debug_info" in done.stderr) is not debug
+    kept = json.loads(here("inspect", save, "--json").stdout)["linears"]
+    units = {one["unit"] for one in kept.values()}
+    assert "model.layers.2" in units and ("model.layers.0" in units) is debug
