@@ -21,6 +21,8 @@ from modelslim.errors import ProtocolError, RankError
 from modelslim.ranks import merge_order
 from modelslim.run import quantize
 
+VLM = Path(__file__).parents[1] / "models" / "qwen3-vl-moe-tiny"
+
 Snapshot = Callable[[Path], dict[str, str]]
 Protocol = Callable[[str], Path]
 
@@ -69,8 +71,9 @@ def same(folder: Path, other: Path, snapshot: Snapshot) -> bool:
         ([FLEX, HISTOGRAM, HEAD, CACHE], "  propagation: quantized\n", 3),
         ([GPTQ], "", 2),
         ([AUTOROUND], "", 2),
+        ([FLEX, AUTOROUND.replace("iters: 2", "iters: 2, batch_size: 3")], "", 3),
     ],
-    ids=["smooth, static", "flex, histogram, head, cache", "gptq", "autoround"],
+    ids=["smooth, static", "flex, histogram, head, cache", "gptq", "autoround", "autoround in batches"],
 )
 def test_the_number_of_ranks_changes_no_byte(
     entries: list[str],
@@ -99,6 +102,25 @@ def test_experts_are_shared_too(
     shared = quantize(tiny_moe, tmp_path / "shared", config, device="cpu", workers=2)
     assert same(tmp_path / "alone", tmp_path / "shared", snapshot)
     assert numbers(shared) == numbers(alone)
+
+
+def test_images_are_shared_too(protocol: Protocol, tmp_path: Path, snapshot: Snapshot) -> None:
+    """A vision tower that texts skip, one unit of its own, behind which the samples wait again."""
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    records: list[dict[str, str]] = [{"text": "A text without an image. " * 20}] * 3
+    for index in range(24):
+        Image.new("RGB", (96 + 32 * (index % 3), 96), (10 * index, 200, 250 - 10 * index)).save(folder / f"{index}.png")
+        records.insert(2 * index, {"image": f"{index}.png", "text": "Describe this image in detail. " * 6})
+    (folder / "index.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = protocol(text(folder, SMOOTH, STATIC).replace("modelslim_v1", "multimodal_vlm_modelslim_v1"))
+    alone = quantize(VLM, tmp_path / "alone", config, device="cpu")
+    shared = quantize(VLM, tmp_path / "shared", config, device="cpu", workers=2)
+    assert same(tmp_path / "alone", tmp_path / "shared", snapshot)
+    assert numbers(shared) == numbers(alone)
+    assert min(unit["tokens"] for unit in shared["units"]) > 1024  # more than one group
 
 
 class Killer:
@@ -161,9 +183,13 @@ def test_ranks_of_torchrun(
     assert same(tmp_path / "out", tmp_path / "alone", snapshot)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("how", "often"),
+    [(signal.SIGKILL, 1), (signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGINT, 1), (signal.SIGINT, 2)],
+    ids=["killed", "terminated", "terminal closed", "Ctrl-C", "Ctrl-C twice"],
+)
 def test_no_process_outlives_the_first_rank(
-    how: signal.Signals, tiny_llama: Path, protocol: Protocol, long_calibration: Path, tmp_path: Path
+    how: signal.Signals, often: int, tiny_llama: Path, protocol: Protocol, long_calibration: Path, tmp_path: Path
 ) -> None:
     config = protocol(text(long_calibration, AUTOROUND.replace("iters: 2", "iters: 5000")))
     arguments = [sys.executable, "-m", "modelslim", *command(tiny_llama, tmp_path / "out", config), "--workers", "2"]
@@ -176,7 +202,9 @@ def test_no_process_outlives_the_first_rank(
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
         time.sleep(1.0)
-        os.kill(process.pid, how)
+        for _ in range(often):
+            os.kill(process.pid, how)
+            time.sleep(0.01)
         _, said = process.communicate(timeout=60)
     gone, alive = psutil.wait_procs(children, timeout=30)
     assert gone and not alive

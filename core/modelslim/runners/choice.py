@@ -41,9 +41,12 @@ def choose_runner(protocol: Protocol, ranks: int, registry: Registry) -> Choice:
     """
     asked = protocol.runner
     place = ("spec", "runner")
-    if asked != "auto" and protocol.is_multimodal and asked not in (ONE, SEVERAL):
+    if protocol.is_multimodal:
         choice = _auto(ranks)
-        message = f"{shorten(asked)!r} becomes {choice.name}, as {protocol.apiversion} says"
+        if asked in ("auto", ONE, choice.name):
+            return choice
+        where = " on several devices" if ranks > 1 else ""
+        message = f"{shorten(asked)!r} becomes {choice.name}, the only runner of {protocol.apiversion}{where}"
         return Choice(choice.name, choice.why, (str(protocol.document.diagnostic(message, place)),))
     if asked == "auto":
         return _auto(ranks)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modelslim.activations import Boundary
+from modelslim.batches import batched
 from modelslim.debug_info import write_unit
 from modelslim.devices import peak_device_memory, synchronize, work_alone
 from modelslim.edits import stored_edits
@@ -113,6 +114,8 @@ class Engine:
         if plan.session.has("enable_kv_cache"):
             plan.session.enable_kv_cache(self._model, False)
         inputs = plan.session.handle_dataset(plan.samples, plan.device)
+        if not plan.replays:  # an algorithm that runs the unit itself counts samples
+            inputs = batched(inputs)
         rounds = merge_order([tokens_of(one) for one in inputs], self._ranks.size)[self._ranks.rank]
         numbers = [number for group in rounds for number in group]
         place = {number: index for index, number in enumerate(numbers)}
