@@ -41,7 +41,7 @@ from modelslim.quantized import QuantizedExperts, QuantizedLinear, QuantizedTens
 from modelslim.ranks import ALONE, Ranks
 from modelslim.sampling import choose_samples
 from modelslim.saved_config import without_quantization
-from modelslim.saver import PlannedModel, SavedCache, SavedLinear, Saver, TensorRecord
+from modelslim.saver import EngineAnswer, PlannedModel, SavedCache, SavedLinear, Saver, TensorRecord
 from modelslim.scales import (
     from_codes,
     largest_magnitudes,
@@ -93,6 +93,7 @@ __all__ = [
     "Checkpoint",
     "DatasetError",
     "DecodedTensor",
+    "EngineAnswer",
     "Entry",
     "ExpertLinear",
     "Fallback",

@@ -124,7 +124,7 @@ def run_plan(
         save_path: where the result goes.
         check: verify the result before it gets its name.
         restart: begin anew what an interrupted run left.
-        say: called with what the user should know of an interrupted run that is continued.
+        say: called with what the user should know of an interrupted run that is continued, and of the verification.
         ranks: who shares the run, each with the same plan; the first one writes, checks and reports.
         command: the command line, for the report.
         debug: keep scales, ranges and decisions in ``<save_path>/debug_info``.
@@ -160,6 +160,8 @@ def run_plan(
         report["phases"] = phases.done
         write_json(output.path / REPORT, report)
         if check:
+            size = sum(record.nbytes for record in records)
+            say(f"verifying {len(records)} tensors, {size / 1e6:,.1f} MB")
             _verify(plan, output, units)
             report["verified"] = True
             phases.end("verify")
