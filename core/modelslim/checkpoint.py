@@ -129,6 +129,11 @@ class Checkpoint:
         self.tensors = tensors
         self._decoded = decoded
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes on the disk of one of ``tensors``, with all that makes it."""
+        keys = self._decoded[name].keys if name in self._decoded else (name,)
+        return sum(self.stored[key].nbytes for key in keys)
+
     def __enter__(self) -> Checkpoint:
         return self
 

@@ -204,6 +204,15 @@ def synchronize(device: str) -> None:
         torch.accelerator.synchronize(device)
 
 
+def peak_device_memory(device: str) -> dict[str, int]:
+    """Bytes of tensors that an accelerator held at most, by device; empty for the CPU, whose memory is the host's."""
+    import torch
+
+    if device.startswith("cpu"):
+        return {}
+    return {device: int(getattr(torch, device.partition(":")[0]).max_memory_allocated(device))}
+
+
 def has_integer_matmul(x: Tensor, weight: Tensor) -> bool:
     """True when the device multiplies int8 x [tokens, in] by int8 weight [out, in] and sums in 32 bits."""
     if x.is_cpu:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from modelslim.writer import save_error
+from modelslim.writer import DEBUG_INFO, save_error
 
 # The weights in any layout, and indices that would send an engine to them.
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz")
@@ -15,6 +15,8 @@ _WEIGHTS = (".safetensors", ".bin", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack",
 _WEIGHTS_PT = ("model", "weights", "consolidated", "checkpoint")
 _INDEX = ".index.json"
 _DESCRIPTION = "quant_model_description"
+# What an earlier run says of its result, where the source is one.
+_OF_A_RUN = ("report.html", DEBUG_INFO)
 
 
 def companions(source: Path) -> Iterator[Path]:
@@ -25,7 +27,7 @@ def companions(source: Path) -> Iterator[Path]:
             continue
         if _holds_weights(file) or file.name.endswith(_INDEX) or file.name.startswith(_DESCRIPTION):
             continue
-        if relative != Path("config.json"):
+        if relative != Path("config.json") and relative.parts[0] not in _OF_A_RUN:
             yield relative
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -79,6 +80,7 @@ class Plan:
         warnings: what the user should know and what does not stop the run.
         stage: number of the prior stage, from 0; None for the main one.
         prior: the stages before the main one, in order; empty for a prior stage.
+        seconds: what it took to make the plan.
     """
 
     protocol: Protocol
@@ -106,6 +108,7 @@ class Plan:
     warnings: Sequence[str]
     stage: int | None = None
     prior: Sequence[Plan] = ()
+    seconds: float = 0.0
 
     @property
     def stages(self) -> Sequence[Plan]:
@@ -222,6 +225,7 @@ def make_plan(
         ProtocolError, PluginError, CapabilityError, ModelError, DatasetError, UsageError: before
             any weight is read.
     """
+    start = time.perf_counter()
     registry = Registry.scan()
     protocol, diagnostics = read_protocol(config_path, registry)
     if protocol is None:
@@ -337,6 +341,7 @@ def make_plan(
             *checks.warnings,
             *_left_float(info, model),
         ],
+        seconds=time.perf_counter() - start,
     )
     prior = [
         replace(plan, steps=own, samples=some, dataset=dataset, stage=number)

@@ -3,63 +3,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from modelslim.module_sizes import star
 from modelslim.plan import Plan
-from modelslim.protocol.document import format_path
+from modelslim.plan_rows import Row, bits_per_weight, origin, rows, verdicts
 from modelslim.runners.work import count_passes
-
-_WHY_KEPT = {
-    "router": "a router; engines have no quantized ones",
-    "stacked experts": "experts that the adapter cannot take apart",
-    "no linear": "not a linear module; copied as it is",
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """Linears, or other weights, that share a name pattern and a fate.
-
-    Attributes:
-        pattern: their name with layer numbers as ``*``.
-        count: how many there are.
-        shape: shape of the weight.
-        scheme: what they become, ``FLOAT`` when nothing.
-        why: the entry of the protocol that says so, with its line, or why they stay float.
-    """
-
-    pattern: str
-    count: int
-    shape: tuple[int, ...]
-    scheme: str
-    why: str
-
-
-def rows(plan: Plan) -> list[Row]:
-    """The plan's weights, grouped, in the model's order."""
-    origin = {name: _origin(plan, step.path) for one in plan.stages for step in one.steps for name in step.specs}
-    single: list[Row] = []
-    for name, linear in plan.info.linears.items():
-        spec = plan.specs.get(name)
-        outside = "outside the layers; name it outright to quantize it" if not linear.unit else "no entry selects it"
-        why = outside if spec is None else origin[name]
-        shape = (linear.out_features, linear.in_features)
-        single.append(Row(_pattern(name), 1, shape, spec.scheme if spec else "FLOAT", why))
-    for name, kept in plan.info.kept.items():
-        single.append(Row(_pattern(name), 1, kept.shape, "FLOAT", _WHY_KEPT[kept.why]))
-    grouped: dict[tuple[Any, ...], Row] = {}
-    for row in single:
-        key = (row.pattern, row.shape, row.scheme, row.why)
-        known = grouped.get(key)
-        grouped[key] = row if known is None else Row(row.pattern, known.count + 1, row.shape, row.scheme, row.why)
-    return list(grouped.values())
 
 
 def as_data(plan: Plan) -> dict[str, Any]:
     """The plan as plain JSON values."""
+    weights = rows(plan)
     return {
         "model_path": str(plan.checkpoint.path),
         "adapter": plan.adapter,
@@ -74,8 +30,8 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "forward_passes": forward_passes(plan),
         "prior": [
             {
-                "entry": _origin(plan, plan.protocol.prior[number].path),
-                "algorithms": [_origin(plan, step.path) for step in stage.steps],
+                "entry": origin(plan, plan.protocol.prior[number].path),
+                "algorithms": [origin(plan, step.path) for step in stage.steps],
                 "dataset": str(stage.dataset) if stage.dataset else None,
                 "samples": len(stage.samples),
                 "forward_passes": forward_passes(stage),
@@ -83,7 +39,10 @@ def as_data(plan: Plan) -> dict[str, Any]:
             for number, stage in enumerate(plan.prior)
         ],
         **sizes(plan),
-        "weights": [asdict(row) for row in rows(plan)],
+        "others": others(plan, weights),
+        "bits_per_weight": bits_per_weight(weights),
+        "engines": verdicts(plan),
+        "weights": [asdict(row) for row in weights],
         "smoothing": [asdict(place) for place in places(plan)],
         "warnings": list(plan.warnings),
     }
@@ -114,13 +73,19 @@ def places(plan: Plan) -> list[Place]:
         return []
     grouped: dict[tuple[str, ...], int] = {}
     for subgraph in plan.topology.subgraphs:
-        key = (subgraph.type, _pattern(subgraph.source), *dict.fromkeys(map(_pattern, subgraph.targets)))
+        key = (subgraph.type, star(subgraph.source), *dict.fromkeys(map(star, subgraph.targets)))
         grouped[key] = grouped.get(key, 0) + 1
     found = [Place(key[0], key[1], key[2:], count) for key, count in grouped.items()]
     left: dict[tuple[str, str], int] = {}
     for name, why in plan.topology.left_out.items():
-        left[_pattern(name), why] = left.get((_pattern(name), why), 0) + 1
+        left[star(name), why] = left.get((star(name), why), 0) + 1
     return [*found, *(Place("", name, (), count, why) for (name, why), count in left.items())]
+
+
+def others(plan: Plan, weights: Sequence[Row]) -> dict[str, int]:
+    """Bytes of what is in no row: embeddings, norms, buffers, scales of caches."""
+    total = sizes(plan)
+    return {key: nbytes - sum(getattr(row, key) for row in weights) for key, nbytes in total.items()}
 
 
 def forward_passes(plan: Plan) -> int:
@@ -132,13 +97,3 @@ def sizes(plan: Plan) -> dict[str, int]:
     """Bytes of all tensors before and after."""
     before = sum(stored.nbytes for stored in plan.checkpoint.stored.values())
     return {"bytes_before": before, "bytes_after": sum(plan.result_sizes().values())}
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-
-
-def _origin(plan: Plan, path: Iterable[str | int]) -> str:
-    place = tuple(path)
-    line, _ = plan.protocol.document.position(place)
-    return f"{format_path(place)}, line {line}"

@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -16,8 +17,10 @@ from typing import Any
 from modelslim.devices import describe_computer
 from modelslim.journal import VERSION
 from modelslim.media import content
+from modelslim.module_sizes import module_sizes
 from modelslim.plan import Plan
 from modelslim.protocol.document import format_path
+from modelslim.provenance import provenance
 from modelslim.saver import TensorRecord
 
 try:
@@ -67,6 +70,7 @@ def make_report(
     units: Sequence[Mapping[str, Any]],
     records: Sequence[TensorRecord],
     prior: Sequence[Sequence[Mapping[str, Any]]] = (),
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The report of a finished run; plain JSON values.
 
@@ -76,7 +80,9 @@ def make_report(
         units: the records of the main stage's units.
         records: what was written.
         prior: the records of each prior stage's units.
+        command: the command line; empty where a program ran it.
     """
+    fates = _fates(plan, [*(unit for stage in prior for unit in stage), *units])
     before = sum(stored.nbytes for stored in plan.checkpoint.stored.values())
     after = sum(record.nbytes for record in records)
     return {
@@ -92,7 +98,12 @@ def make_report(
         "practice": plan.practice.as_data() if plan.practice else None,
         "bytes_before": before,
         "bytes_after": after,
-        "schemes": _schemes(plan, [*(unit for stage in prior for unit in stage), *units]),
+        "schemes": dict(Counter(fates.values())),
+        "modules": module_sizes(
+            {name: stored.nbytes for name, stored in plan.checkpoint.stored.items()},
+            {record.name: record.nbytes for record in records},
+            ((plan.info.linears[name].stored, scheme) for name, scheme in fates.items() if scheme != "FLOAT"),
+        ),
         "tensors": {
             "source": len(plan.checkpoint.tensors),
             "replaced": len(plan.replaced),
@@ -113,14 +124,30 @@ def make_report(
             }
             for number, (stage, done) in enumerate(zip(plan.prior, prior, strict=True))
         ],
+        "provenance": provenance(plan, list(versions(plan)), command),
         "units": list(units),
     }
 
 
-def _schemes(plan: Plan, units: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How many linears have which scheme, each expert's counted."""
+def _fates(plan: Plan, units: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What every linear that was to be quantized became, each expert's counted."""
     fallen = {name: fate["to"] for unit in units for name, fate in unit.get("fell_back", {}).items()}
-    return dict(Counter(fallen.get(plan.info.linears[name].module, spec.scheme) for name, spec in plan.specs.items()))
+    return {name: fallen.get(plan.info.linears[name].module, spec.scheme) for name, spec in plan.specs.items()}
+
+
+class Phases:
+    """Seconds of the phases of a run, and the largest memory up to the end of each."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.done: list[dict[str, Any]] = []
+
+    def end(self, phase: str, seconds: float | None = None) -> None:
+        """A phase ends; it began when the last one ended, unless its seconds are known."""
+        now = time.perf_counter()
+        took = now - self._last if seconds is None else seconds
+        self._last = now
+        self.done.append({"phase": phase, "seconds": round(took, 3), "peak_memory_bytes": peak_memory()})
 
 
 def peak_memory() -> int | None:

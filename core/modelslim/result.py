@@ -24,7 +24,7 @@ from modelslim.overlay import Overlay
 from modelslim.plan import Plan
 from modelslim.quantized import QuantizedExperts, QuantizedLinear
 from modelslim.saver import TensorRecord
-from modelslim.writer import PRIOR, STATE, OutputDirectory, ShardWriter, explained, sync, write_json
+from modelslim.writer import DEBUG_INFO, PRIOR, STATE, OutputDirectory, ShardWriter, explained, sync, write_json
 
 _ENTRY_BYTES = 112  # of a header entry, without the name
 
@@ -43,7 +43,10 @@ class RunOutput:
         finished: see there.
         stored: see there.
         overlay: see there.
+        debug: True when what is known of each unit is kept.
     """
+
+    debug = False
 
     def __init__(
         self, path: Path, finished: Sequence[FinishedUnit], stored: Mapping[str, StoredTensor], overlay: Overlay
@@ -77,9 +80,11 @@ class ResultWriter(RunOutput):
     Args:
         plan: the plan.
         output: where to write; what an earlier run has finished there is taken over.
+        debug: keep what is known of each unit.
     """
 
-    def __init__(self, plan: Plan, output: OutputDirectory) -> None:
+    def __init__(self, plan: Plan, output: OutputDirectory, debug: bool = False) -> None:
+        self.debug = debug
         self._plan = plan
         self._output = output
         is_wanted = not is_whole(output.finished)
@@ -161,10 +166,10 @@ class ResultWriter(RunOutput):
         self.wait()
         self._shards.finish()
         self.overlay.close()
-        for folder in (self.path / STATE, self.path / PRIOR):
-            if folder.is_dir():
+        for folder in (STATE, PRIOR) if self.debug else (STATE, PRIOR, DEBUG_INFO):
+            if (self.path / folder).is_dir():
                 with explained(self.path):
-                    shutil.rmtree(folder)
+                    shutil.rmtree(self.path / folder)
         plan, records = self._plan, [one.record for one in self._written]
         for name, value in plan.saver.finish(records, plan.planned).items():
             write_json(self._output.path / name, value)

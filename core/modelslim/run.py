@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modelslim.checkpoint import StoredTensor
+from modelslim.debug_info import has_unit, write_plan
 from modelslim.errors import Diagnostic, RankError, VerificationError
 from modelslim.journal import FAULTY, FinishedStage, FinishedUnit, differences, is_whole
 from modelslim.launch import Crew, crew, is_first_process
@@ -16,10 +17,11 @@ from modelslim.overlay import Overlay
 from modelslim.plan import Plan, make_plan
 from modelslim.practice_choice import Choice
 from modelslim.ranks import ALONE, Ranks
-from modelslim.report import REPORT, journal_header, make_report
+from modelslim.report import REPORT, Phases, journal_header, make_report
+from modelslim.report_page import write_page
 from modelslim.result import ResultWriter, RunOutput
 from modelslim.verify import verify_run
-from modelslim.writer import PRIOR, OutputDirectory, check_save_path, check_space, write_json
+from modelslim.writer import DEBUG_INFO, PRIOR, OutputDirectory, check_save_path, check_space, write_json
 
 
 def quantize(
@@ -37,6 +39,7 @@ def quantize(
     calib_length: int | None = None,
     check: bool = True,
     restart: bool = False,
+    debug: bool = False,
     observers: Sequence[tuple[str, object]] = (),
 ) -> dict[str, Any]:
     """Quantize a checkpoint.
@@ -56,6 +59,7 @@ def quantize(
         calib_length: tokens after which a calibration text is cut; None for never.
         check: verify the result before it gets its name.
         restart: begin anew what an interrupted run left in ``<save_path>.partial``; False to continue it.
+        debug: keep scales, ranges and decisions in ``<save_path>/debug_info``.
         observers: further plugins of this run, by name; of the first process alone.
 
     Returns:
@@ -82,7 +86,7 @@ def quantize(
     with crew(device, workers, {"save_path": str(save_path), "planned": planned}) as members:
         plan = plan_as(members, planned, observers)
         with members.meet() as ranks:
-            return run_plan(plan, save_path, check=check, restart=restart, ranks=ranks)
+            return run_plan(plan, save_path, check=check, restart=restart, debug=debug, ranks=ranks)
 
 
 def plan_as(
@@ -132,6 +136,8 @@ def run_plan(
     restart: bool = False,
     say: Callable[[str], None] = lambda message: None,
     ranks: Ranks = ALONE,
+    command: Sequence[str] = (),
+    debug: bool = False,
 ) -> dict[str, Any]:
     """Execute a plan; see :func:`quantize`.
 
@@ -142,6 +148,8 @@ def run_plan(
         restart: begin anew what an interrupted run left.
         say: called with what the user should know of an interrupted run that is continued, and of the verification.
         ranks: who shares the run, each with the same plan; the first one writes, checks and reports.
+        command: the command line, for the report.
+        debug: keep scales, ranges and decisions in ``<save_path>/debug_info``.
 
     Returns:
         The report; an empty one at ranks that write nothing.
@@ -149,6 +157,8 @@ def run_plan(
     if not ranks.is_first:
         _help(plan, ranks)
         return {}
+    phases = Phases()
+    phases.end("plan", plan.seconds)
     check_save_path(save_path, plan.checkpoint.path)
     check_space(save_path, sum(plan.result_sizes().values()) + plan.kept_bytes())
     runner = plan.registry.load("runners", plan.runner)()
@@ -158,12 +168,20 @@ def run_plan(
             done = sum(one.report is not None for one in output.finished)
             stages = f"{len(output.stages)} of {len(plan.prior)} prior stages and " if plan.prior else ""
             say(f"continuing {output.path}: {stages}{done} units are done")
-        with ResultWriter(plan, output) as writer:
+        with ResultWriter(plan, output, debug) as writer:
+            if debug:
+                write_plan(output.path, plan)
+                lost = sum(not has_unit(output.path, number) for number in range(len(output.finished)))
+                if lost:
+                    say(f"{lost} of them were done without --debug and are not in {DEBUG_INFO}")
             _tell(plan, writer, ranks)
             units = runner.run(plan, writer, ranks)
             prior = [stage.records for stage in writer.overlay.stages]
+            phases.end("units")
             records = writer.finish()
-        report = {**make_report(plan, save_path, units, records, prior), "verified": False}
+        report = {**make_report(plan, save_path, units, records, prior, command), "verified": False}
+        phases.end("files and report")
+        report["phases"] = phases.done
         write_json(output.path / REPORT, report)
         if plan.practice is not None:
             plan.practice.write(output.path)
@@ -172,7 +190,9 @@ def run_plan(
             say(f"verifying {len(records)} tensors, {size / 1e6:,.1f} MB")
             _verify(plan, output, [*(unit for stage in prior for unit in stage), *units])
             report["verified"] = True
+            phases.end("verify")
             write_json(output.path / REPORT, report)
+        write_page(report, output.path)
         output.commit()
     plan.session.run_finished(report)
     return report

@@ -352,11 +352,15 @@ class UnitStatistics:
     Args:
         ports: those of linears.
         experts: those of fused experts, one for each expert.
+
+    Attributes:
+        divisors: float32 [channels], or [experts, channels], by which inputs were divided, by the name of the linear.
     """
 
     def __init__(self, ports: Mapping[str, Port], experts: Mapping[str, Sequence[Port]] | None = None) -> None:
         self._ports = dict(ports)
         self._experts = dict(experts or {})
+        self.divisors: dict[str, Tensor] = {}
 
     def get(self, linear: str, kind: type[S]) -> S:
         """The statistic of that kind at the input of that linear.
@@ -373,6 +377,13 @@ class UnitStatistics:
             KeyError: it was not declared by ``Algorithm.needs``.
         """
         return [_of(port, kind) for port in self._experts[linear]]
+
+    def measured(self, kind: type[S]) -> Iterator[tuple[str, list[S]]]:
+        """Every linear at whose input that kind was measured, with the statistic; of fused experts, one for each."""
+        for name, ports in {**{name: [port] for name, port in self._ports.items()}, **self._experts}.items():
+            found = [port[kind] for port in ports if kind in port]
+            if found:
+                yield name, found  # type: ignore[misc]
 
     def merge(self, other: UnitStatistics) -> None:
         """Take in what another instance measured of the same needs on other samples (data-parallel reduction)."""
@@ -417,6 +428,9 @@ class UnitStatistics:
                 ports = before[1][linear]
                 scales = scale.expand(len(ports), -1)
                 self._experts[linear] = [follow(port, one) for port, one in zip(ports, scales, strict=True)]
+            else:
+                continue
+            self.divisors[linear] = scale * self.divisors[linear] if linear in self.divisors else scale
 
 
 def follows_rescaling(kind: type[Statistic], *, shifts: bool = False) -> bool:

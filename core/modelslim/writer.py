@@ -35,6 +35,8 @@ STATE = "state"
 """Folder for what only a run that continues needs; gone from the result."""
 PRIOR = "prior"
 """Folder for what prior stages leave to later ones; gone from the result."""
+DEBUG_INFO = "debug_info"
+"""Folder for what ``--debug`` keeps."""
 _ALIGN = 64
 
 
@@ -157,7 +159,7 @@ class ShardWriter:
                 _write_all(self._stream, memoryview(bytes(8)))
             self._stream.truncate(end)
             self._stream.seek(end)
-            kept = {self._shard_path(number).name for number in range(last + 1)} | {JOURNAL, STATE, PRIOR}
+            kept = {self._shard_path(number).name for number in range(last + 1)} | {JOURNAL, STATE, PRIOR, DEBUG_INFO}
             _remove_all(entry for entry in self._directory.iterdir() if entry.name not in kept)
         return places
 

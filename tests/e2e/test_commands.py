@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,22 @@ WriteProtocol = Callable[[str], Path]
 GOOD = sorted((Path(__file__).parents[1] / "protocol" / "good").glob("*.yaml"))
 OPTIONS = {
     "quant": "model_path save_path model_type quant_type tag yes practices config_path calib_samples calib_length "
-    "device workers engine tp trust_remote_code restart verify json quiet",
+    "device workers engine tp trust_remote_code restart debug verify json quiet",
     "plan": "model_path model_type quant_type tag practices config_path calib_samples calib_length device workers "
     "engine tp trust_remote_code json",
     "practices": "practices json",
     "verify": "float engine tp trust_remote_code json",
     "convert": "save_path to part_file_size round_scales engine tp trust_remote_code verify json quiet",
+    "inspect": "json",
+    "report": "output json",
     "eval": "float text window max_tokens dtype device trust_remote_code json",
     "demo": "save_path device json",
     "plugins": "json",
     "schema": "apiversion",
 }
-PROGRESS = re.compile(r"\[(\d)/3\] quantizing model\.layers\.(\d): 7 linears, \d+\.\d\d s, about \d+ s left")
+PROGRESS = re.compile(
+    r"\[(\d)/3\] quantizing model\.layers\.(\d): 7 linears, (?:error \d\.\d{4}, )?\d+ MB, \d+\.\d\d s, about \d+ s left"
+)
 
 
 def document(done: subprocess.CompletedProcess[str]) -> Any:
@@ -78,7 +83,8 @@ def test_help_of_a_command_shows_its_options(command: str, here: Program) -> Non
 def test_quant_tells_people_what_it_does_and_what_came_out(quant: Program, w8a8_static: str, tmp_path: Path) -> None:
     done = quant(w8a8_static)
     assert done.returncode == 0
-    *steps, last = done.stderr.splitlines()
+    runner, *steps, last = done.stderr.splitlines()
+    assert runner.startswith("runner layer_wise: ")
     assert re.fullmatch(r"verifying 114 tensors, 0\.2 MB", last)
     matches = [PROGRESS.fullmatch(line) for line in steps]
     assert [match and match.groups() for match in matches] == [("1", "0"), ("2", "1"), ("3", "2")]
@@ -102,6 +108,37 @@ def test_quant_gives_programs_the_report_that_it_saves(quant: Program, w8a8_dyna
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["schemes"] == {"W8A8_DYNAMIC": 21}
     assert report["dataset"] is None
+
+
+def test_quant_gives_programs_events_and_people_no_line_twice(quant: Program, w8a8_static: str, tmp_path: Path) -> None:
+    done = quant(w8a8_static)
+    lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    assert len(lines) == len(set(lines))
+    (tmp_path / "out").rename(tmp_path / "first")
+    done = quant(w8a8_static, "--json")
+    report = document(done)
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [event["event"] for event in events] == ["note", *["unit_started", "unit_finished"] * 3, "note"]
+    for event, unit in zip(events[2:-1:2], report["units"], strict=True):
+        assert (event["unit"], event["seconds"], event["linears"]) == (unit["unit"], unit["seconds"], 7)
+        assert event["relative_error"] == max(one["relative_error"] for one in unit["quality"].values())
+        assert event["peak_memory_bytes"] == max(unit["peak_memory_bytes"].values())
+    assert events[-2]["seconds_left"] == 0
+
+
+def test_a_log_level_makes_quant_say_more_or_less(
+    quant: Program, w8a8_static: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {}
+    for level in ("DEBUG", "INFO", "WARNING"):
+        monkeypatch.setenv("MSMODELSLIM_LOG_LEVEL", level)
+        said[level] = quant(w8a8_static).stderr.splitlines()
+        (tmp_path / "out").rename(tmp_path / level)
+    assert (len(said["INFO"]), said["WARNING"]) == (5, [])
+    assert len(said["DEBUG"]) == 9 and "calibrate and quantize 0." in said["DEBUG"][3]
+    monkeypatch.setenv("MSMODELSLIM_LOG_LEVEL", "loud")
+    done = quant(w8a8_static)
+    assert done.returncode == 2 and "one of DEBUG, INFO, WARNING, ERROR" in done.stderr
 
 
 def test_convert_there_and_to_float(quant: Program, here: Program, w8a8_dynamic: str, tmp_path: Path) -> None:
@@ -167,7 +204,7 @@ def test_the_guides_command_line_works_in_both_spellings(
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', separator)}", value)]
     done = program("quant", *words)
     assert done.returncode == 0, done.stderr
-    assert all(PROGRESS.fullmatch(line) for line in done.stderr.splitlines()[:-1])
+    assert all(PROGRESS.fullmatch(line) for line in done.stderr.splitlines()[1:-1])
     assert (tmp_path / "out" / "report.json").exists()
 
 
@@ -180,10 +217,15 @@ def test_plan_says_what_becomes_of_every_weight_and_why(
     weights = {row["pattern"]: row for row in plan["weights"]}
     assert weights["model.layers.*.self_attn.k_proj"] == {
         "pattern": "model.layers.*.self_attn.k_proj",
+        "layers": "0-2",
         "count": 3,
         "shape": [32, 64],
         "scheme": "W8A8",
         "why": "spec.process[0], line 4",
+        "bytes_before": 3 * 32 * 64 * 2,
+        # Codes; for each row the scale of the product and the sum of the codes; scale and offset of the input.
+        "bytes_after": 3 * (32 * 64 + 32 * (4 + 4) + 4 + 4),
+        "bits": round(8 * (32 * 64 + 32 * 8 + 8) / (32 * 64), 2),
     }
     assert weights["lm_head"]["scheme"] == "FLOAT"
     assert sum(row["count"] for row in plan["weights"]) == 22
@@ -193,12 +235,40 @@ def test_plan_says_what_becomes_of_every_weight_and_why(
     assert (people.returncode, people.stderr) == (0, "")
     for row in plan["weights"]:
         shape = " x ".join(str(size) for size in row["shape"])
-        cells = re.escape(row["pattern"]), str(row["count"]), shape, row["scheme"], re.escape(row["why"])
+        sizes = [f"{row[key] / 1e6:,.1f} MB" for key in ("bytes_before", "bytes_after")]
+        facts = [row["pattern"], row["layers"], row["count"], shape, row["scheme"], f"{row['bits']:.4g}"]
+        cells = [re.escape(str(cell)) for cell in (*facts, " -> ".join(sizes), row["why"]) if cell]
         assert re.search(" +".join(cells), people.stdout)
+    assert re.search(r"all else +FLOAT +0\.1 MB -> 0\.1 MB", people.stdout)
+    assert re.search(rf"{re.escape(plan['engine'])} +yes\n", people.stdout)
+
+
+def test_plan_says_which_line_excludes_what_engines_say_and_reads_no_weight(
+    here: Program, tiny_llama: Path, protocol: WriteProtocol, w8a8_static: str, tmp_path: Path
+) -> None:
+    model = tmp_path / "nan"
+    shutil.copytree(tiny_llama, model)
+    file = model / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start:] = b"\xff" * (len(data) - start)  # NaN, which every read of a weight refuses
+    file.write_bytes(data)
+    text = w8a8_static.replace('include: ["*"]', 'include: ["*"]\n      exclude: ["*layers.1.*down*"]')
+    words = ["plan", "--model_path", model, "--config_path", protocol(text), "--device", "cpu"]
+    plan = document(here(*words, "--json"))
+    down = [row for row in plan["weights"] if row["pattern"].endswith("down_proj")]
+    assert [(row["layers"], row["scheme"]) for row in down] == [("0, 2", "W8A8"), ("1", "FLOAT")]
+    assert down[1]["why"] == "excluded by '*layers.1.*down*', spec.process[0].exclude[0], line 9"
+    assert (down[1]["bits"], down[1]["bytes_after"]) == (16, down[1]["bytes_before"])
+    engines = {one["engine"].split("-0")[0]: one for one in plan["engines"]}
+    assert (engines["vllm-ascend"]["loads"], engines["mindie"]["loads"]) == (True, None)
+    assert engines["vllm"]["rules"] == ["formats"]
+    assert "does not read what ascendv1_saver writes" in engines["vllm"]["problems"][0]
+    assert "no: it does not read this format" in here(*words).stdout
 
 
 def test_what_plan_foresees_is_what_quant_writes(
-    here: Program, quant: Program, tiny_llama: Path, protocol: WriteProtocol, w8a8_static: str
+    here: Program, quant: Program, tiny_llama: Path, protocol: WriteProtocol, w8a8_static: str, tmp_path: Path
 ) -> None:
     words = ["--model_path", tiny_llama, "--config_path", protocol(w8a8_static), "--device", "cpu", "--json"]
     plan = document(here("plan", *words))
@@ -210,6 +280,17 @@ def test_what_plan_foresees_is_what_quant_writes(
         counts[row["scheme"]] = counts.get(row["scheme"], 0) + row["count"]
     assert {"FLOAT": counts.pop("FLOAT")} == {"FLOAT": 1}
     assert counts == report["schemes"]
+    stored = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    for row in plan["weights"]:
+        owners = re.compile(re.escape(row["pattern"]).replace(r"\*", r"\d+"))
+        held = sum(one.nbytes for name, one in stored.items() if owners.fullmatch(name.rpartition(".")[0]))
+        assert row["bytes_after"] == held, row["pattern"]
+    rest = sum(one.nbytes for name, one in stored.items() if "norm" in name or "embed" in name)
+    assert plan["others"] == {"bytes_before": rest, "bytes_after": rest}
+    held = sum(row["bytes_after"] for row in plan["weights"])
+    assert plan["bits_per_weight"]["after"] == round(
+        8 * held / sum(row["count"] * prod(row["shape"]) for row in plan["weights"]), 2
+    )
 
 
 def test_verify_gives_people_and_programs_the_same(

@@ -76,6 +76,7 @@ def test_every_file_but_weights_and_indices_is_copied(
         "quant_model_description.json",
         "quant_model_weights-00001-of-00001.safetensors",
         "quant_model_weights.safetensors.index.json",
+        "report.html",
         "report.json",
     }
     files = {str(file.relative_to(result)) for file in result.rglob("*") if file.is_file()}

@@ -170,7 +170,13 @@ def test_index_config_and_companions_are_right(scheme: str, quantized_smollm2: Q
     config = json.loads((result / "config.json").read_text())
     assert "quantization_config" not in config
     assert config == json.loads((smollm2 / "config.json").read_text())
-    ours = {weights, "quant_model_weights.safetensors.index.json", "quant_model_description.json", "report.json"}
+    ours = {
+        weights,
+        "quant_model_weights.safetensors.index.json",
+        "quant_model_description.json",
+        "report.html",
+        "report.json",
+    }
     copied = {file.name for file in smollm2.iterdir()} - {"model.safetensors", "config.json"}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= copied
     assert {file.name for file in result.iterdir()} == ours | copied | {"config.json"}

@@ -67,9 +67,8 @@ print(code, sorted(heavy & set(sys.modules)), sorted(commands), file=sys.stderr)
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - start
-    assert result.stderr == (
-        "0 [] ['modelslim.cli.errors', 'modelslim.cli.main', 'modelslim.cli.output', 'modelslim.cli.signals']\n"
-    )
+    modules = [f"modelslim.cli.{name}" for name in ("errors", "logs", "main", "output", "signals")]
+    assert result.stderr == f"0 [] {modules}\n"
     width = max(map(len, COMMANDS)) + 2
     for name, line in COMMANDS.items():
         assert f"  {name.ljust(width)}{line}\n" in result.stdout
@@ -216,7 +215,7 @@ def test_quiet_keeps_warnings_and_json_wins_over_quiet(tmp_path: Path, invoke: I
         assert json.loads(invoke(everything, *paths, *flags).stdout)["save_path"] == "x"
 
 
-def test_a_second_document_is_refused_and_a_late_error_goes_to_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_document_is_refused_and_a_late_error_is_an_event(capsys: pytest.CaptureFixture[str]) -> None:
     output = Output("json")
     output.data([1])
     with pytest.raises(RuntimeError):
@@ -224,7 +223,8 @@ def test_a_second_document_is_refused_and_a_late_error_goes_to_people(capsys: py
     output.error(errors.SaveError("disk full"))
     captured = capsys.readouterr()
     assert json.loads(captured.out) == [1]
-    assert captured.err == "error: disk full\n"
+    event = json.loads(captured.err)
+    assert (event["event"], event["kind"], event["message"]) == ("error", "SaveError", "disk full")
 
 
 def test_a_number_that_json_does_not_have_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,7 +312,7 @@ def test_our_bug_says_how_to_see_the_traceback(
     assert main(["plugins"]) == 70
     quiet = capsys.readouterr().err
     assert quiet.splitlines()[0] == "error: internal error: ZeroDivisionError: division by zero"
-    assert "MODELSLIM_LOG_LEVEL=DEBUG" in quiet
+    assert "MSMODELSLIM_LOG_LEVEL=DEBUG" in quiet
     assert "Traceback" not in quiet
     for variable in ("MODELSLIM_LOG_LEVEL", "MSMODELSLIM_LOG_LEVEL"):
         monkeypatch.setenv(variable, "debug")

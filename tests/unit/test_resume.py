@@ -61,14 +61,15 @@ def digests(folder: Path) -> dict[str, str]:
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in folder.rglob("*")
-        if file.is_file() and file.name != "report.json"
+        if file.is_file() and file.name not in ("report.html", "report.json")
     }
 
 
 def without_measurements(report: dict[str, Any]) -> Any:
     report = json.loads(json.dumps(report))
-    del report["save_path"], report["peak_memory_bytes"]
+    del report["save_path"], report["peak_memory_bytes"], report["phases"], report["provenance"]["finished"]
     for unit in report["units"]:
+        del unit["peak_memory_bytes"]
         assert unit.pop("seconds").keys() >= {"read", "write"}
     return report
 

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import click
@@ -104,7 +102,7 @@ def convert_and_show(
 
     start = time.monotonic()
     # What a plugin prints is not this command's result.
-    with progress(output, "converting") as observers, redirect_stdout(sys.stderr):
+    with progress(output, "converting") as observers, output.foreign_prints():
         report = convert(
             path,
             save_path,

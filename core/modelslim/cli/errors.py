@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -105,7 +105,7 @@ def describe(error: BaseException) -> Report:
     return Report(
         "InternalError",
         f"internal error: {type(error).__name__}: {error}".removesuffix(": "),
-        "this is a bug, of ModelSlim or of a plugin; MODELSLIM_LOG_LEVEL=DEBUG shows the traceback",
+        "this is a bug, of ModelSlim or of a plugin; MSMODELSLIM_LOG_LEVEL=DEBUG shows the traceback",
     )
 
 
@@ -115,9 +115,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
-
-
-def wants_traceback(environ: Mapping[str, str]) -> bool:
-    """True when the environment asks for debugging output; the second variable is the integration guide's."""
-    level = environ.get("MODELSLIM_LOG_LEVEL") or environ.get("MSMODELSLIM_LOG_LEVEL", "")
-    return level.upper() == "DEBUG"

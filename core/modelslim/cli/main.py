@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,8 @@ from importlib import import_module
 import click
 
 from modelslim import __version__
-from modelslim.cli.errors import DONE, exit_code, wants_traceback
+from modelslim.cli.errors import DONE, exit_code
+from modelslim.cli.logs import log_level, messages_of_others
 from modelslim.cli.output import Output
 from modelslim.cli.signals import orderly_end
 from modelslim.errors import UsageError, nearest
@@ -22,6 +24,8 @@ COMMANDS: Mapping[str, str] = {
     "practices": "List the recipes, and say which one a request gets.",
     "verify": "Check a quantized model, file by file and number by number.",
     "convert": "Convert a quantized model into another format, without loss.",
+    "inspect": "Show scales, ranges and decisions that quant --debug kept.",
+    "report": "Make report.html anew from report.json.",
     "eval": "Measure a quantized model against its float model.",
     "demo": "Quantize a small real model and let it answer.",
     "plugins": "List the installed plugins and whether they work.",
@@ -79,16 +83,18 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     output = Output()
+    output.command = ("modelslim", *arguments)
     try:
-        with orderly_end():
+        output.level = log_level(os.environ)
+        with messages_of_others(output), orderly_end():
             code = cli.main(arguments or ["--help"], standalone_mode=False, obj=output)
     except (Exception, KeyboardInterrupt) as error:
         if "--json" in arguments:  # a usage error may come before the option was read
             output.mode = "json"
-        if wants_traceback(os.environ):
+        if output.level <= logging.DEBUG:
             import traceback
 
-            traceback.print_exception(error)
+            output.debug("".join(traceback.format_exception(error)).rstrip())
         output.error(error)
         return exit_code(error)
     return code if isinstance(code, int) else DONE

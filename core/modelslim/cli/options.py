@@ -188,7 +188,7 @@ json_option = option(
     is_eager=True,
     expose_value=False,
     callback=_set_mode("json"),
-    help="Write the result, or the error, as one JSON document to stdout.",
+    help="Write the result, or the error, as one JSON document to stdout, and events as lines of JSON to stderr.",
 )
 
 quiet_option = option(

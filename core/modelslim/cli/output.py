@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the commands write: data to stdout, words for people to stderr."""
+"""Where the commands write: data to stdout, words for people, or events for programs, to stderr."""
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from datetime import datetime, timezone
 from typing import IO, Any, Literal
 
 import click
@@ -21,11 +25,15 @@ class Output:
 
     Attributes:
         mode: ``human``: tables on stdout, notes on stderr. ``json``: exactly one JSON document on
-            stdout, notes on stderr. ``quiet``: only warnings and errors, on stderr.
+            stdout, events on stderr, one JSON object per line. ``quiet``: only warnings and errors, on stderr.
+        level: what is told, as the levels of ``logging``: notes are INFO. Errors and results always are.
+        command: the command line, for the report.
     """
 
-    def __init__(self, mode: Mode = "human") -> None:
+    def __init__(self, mode: Mode = "human", level: int = logging.INFO) -> None:
         self.mode: Mode = mode
+        self.level = level
+        self.command: Sequence[str] = ()
         self._has_data = False
 
     @property
@@ -33,14 +41,31 @@ class Output:
         """True when a progress bar on stderr would be seen by a person and disturb nothing."""
         return self.mode == "human" and _is_terminal(sys.stderr)
 
+    def debug(self, text: str) -> None:
+        """Tell those who look for a fault something."""
+        if self.mode != "quiet" and self.level <= logging.DEBUG:
+            self._tell("debug", text, click.style(text, dim=True))
+
     def note(self, text: str) -> None:
         """Tell people something."""
-        if self.mode != "quiet":
-            self._say(text)
+        if self.mode != "quiet" and self.level <= logging.INFO:
+            self._tell("note", text, text)
 
     def warn(self, text: str) -> None:
         """Tell people something that they should act on."""
-        self._say(f"{click.style('warning:', fg='yellow', bold=True)} {text}")
+        if self.level <= logging.WARNING:
+            self._tell("warning", text, f"{click.style('warning:', fg='yellow', bold=True)} {text}")
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Tell programs something: a line with a JSON object on stderr; nothing unless the mode is json."""
+        if self.mode == "json" and self.level <= logging.INFO:
+            self._event(name, **fields)
+
+    @contextmanager
+    def foreign_prints(self) -> Iterator[None]:
+        """What others print to stdout goes to stderr meanwhile; a plugin's words are no command's result."""
+        with redirect_stdout(_Events(self) if self.mode == "json" else sys.stderr):
+            yield
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Show data to people; nothing unless the mode is human. Columns that are all empty make no header."""
@@ -89,13 +114,41 @@ class Output:
     def error(self, error: BaseException) -> None:
         """Report the error that ends the command: in json mode as the document, else to people."""
         report = describe(error)
-        if self.mode == "json" and not self._has_data:
-            self.document(report.as_data())
+        if self.mode == "json":
+            if self._has_data:
+                self._event("error", **report.as_data()["error"])
+            else:
+                self.document(report.as_data())
         else:
             self._say(_lines(report))
 
+    def _tell(self, kind: str, text: str, styled: str) -> None:
+        if self.mode == "json":
+            self._event(kind, text=text)
+        else:
+            self._say(styled)
+
+    def _event(self, name: str, **fields: Any) -> None:
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        click.echo(json.dumps({"event": name, "time": now, **fields}, ensure_ascii=False), err=True)
+
     def _say(self, text: str) -> None:
         click.echo(text, err=True, color=False if _no_color() else None)
+
+
+class _Events(io.TextIOBase):
+    """A stream whose lines become events."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._rest = ""
+
+    def write(self, text: str) -> int:
+        """Take in text; every whole line becomes an event."""
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._output.event("print", text=line)
+        return len(text)
 
 
 pass_output = click.make_pass_decorator(Output, ensure=True)

@@ -29,6 +29,16 @@ from modelslim.cli.options import (
 )
 from modelslim.cli.output import Output, pass_output
 
+_OTHERS = {
+    "pattern": "all else",
+    "layers": "",
+    "count": "",
+    "shape": (),
+    "scheme": "FLOAT",
+    "bits": None,
+    "why": "embeddings, norms and the like",
+}
+
 
 @click.command(cls=TagCommand)
 @model_path_option
@@ -70,7 +80,7 @@ def command(
 
     prepare_threads()
     from modelslim.plan import make_plan
-    from modelslim.plan_table import as_data, rows
+    from modelslim.plan_table import as_data
 
     found = find_protocol(Asked(config_path, quant_type, tags, practice_folders, model_path, model_type, engine))
     for remark in found.remarks:
@@ -96,13 +106,24 @@ def command(
     )
     for warning in plan.warnings:
         output.warn(warning)
+    data = as_data(plan)
     output.table(
         f"{len(plan.info.units)} units of {model_path}",
-        ["weights", "count", "shape", "becomes", "because of"],
-        [(row.pattern, row.count, " x ".join(map(str, row.shape)), row.scheme, row.why) for row in rows(plan)],
+        ["weights", "layers", "count", "shape", "becomes", "bits", "size", "because of"],
+        [
+            (
+                row["pattern"],
+                row["layers"],
+                row["count"],
+                " x ".join(map(str, row["shape"])),
+                row["scheme"],
+                "" if row["bits"] is None else f"{row['bits']:.4g}",
+                _change(row["bytes_before"], row["bytes_after"]),
+                row["why"],
+            )
+            for row in [*data["weights"], _OTHERS | data["others"]]
+        ],
     )
-    data = as_data(plan)
-    before, after = data["bytes_before"], data["bytes_after"]
     if data["smoothing"]:
         output.table(
             "",
@@ -121,7 +142,8 @@ def command(
         "",
         ["", ""],
         [
-            ("size", f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB"),
+            ("size", _change(data["bytes_before"], data["bytes_after"])),
+            ("bits per weight, of linears", _bits(data["bits_per_weight"])),
             *((stage["entry"], calibration(stage)) for stage in data["prior"]),
             ("calibration", calibration(data)),
             ("device", ", ".join(dict.fromkeys(devices))),
@@ -131,6 +153,7 @@ def command(
             *([("practice", practice.practice.config_id)] if practice else []),
         ],
     )
+    output.table("", ["engine", "loads the result"], [(one["engine"], _verdict(one)) for one in data["engines"]])
     output.data(data)
 
 
@@ -143,3 +166,23 @@ def calibration(stage: Mapping[str, Any]) -> str:
         f"{'one pass' if passes == 1 else f'{passes} passes'} over {stage['samples']} samples of "
         f"{Path(stage['dataset']).name}"
     )
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB"
+
+
+def _bits(bits: Mapping[str, float | None]) -> str:
+    if bits["quantized"] is None:
+        return f"{bits['before']} -> {bits['after']}"
+    return f"{bits['before']} -> {bits['after']}; {bits['quantized']} where quantized, scales included"
+
+
+def _verdict(one: Mapping[str, Any]) -> str:
+    if one["loads"] is None:
+        return "nothing known speaks against it"
+    if one["loads"]:
+        return "yes"
+    if one["rules"] == ["formats"]:
+        return "no: it does not read this format"
+    return f"no: {', '.join(one['rules'])}; --engine {one['engine']} says more"

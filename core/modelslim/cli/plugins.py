@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -31,7 +29,7 @@ def command(output: Output) -> None:
     from modelslim.registry import Registry
 
     # What a plugin prints while it is imported is not this command's result.
-    with redirect_stdout(sys.stderr):
+    with output.foreign_prints():
         registry = Registry.scan().check()
         entries = [_with_hooks_tried(row, registry) for row in registry.entries]
     output.table(

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from modelslim.cli.options import (
     json_option,
     model_path_option,
     model_type_option,
+    option,
     practices_option,
     quant_type_option,
     quiet_option,
@@ -57,6 +57,11 @@ from modelslim.cli.output import Output, pass_output
 @trust_remote_code_option
 @verify_option
 @restart_option
+@option(
+    "--debug",
+    is_flag=True,
+    help="Keep scales, ranges and decisions in <save_path>/debug_info, for modelslim inspect.",
+)
 @json_option
 @quiet_option
 @pass_output
@@ -79,6 +84,7 @@ def command(
     trust_remote_code: bool,
     check: bool,
     restart: bool,
+    debug: bool,
 ) -> None:
     """Quantize a model and write the result.
 
@@ -132,7 +138,7 @@ def command(
     with (
         asked.protocol_file() if asked else nullcontext(found.protocol) as protocol,
         progress(output, "quantizing") as observers,
-        redirect_stdout(sys.stderr),
+        output.foreign_prints(),
     ):
         planned = {
             "model_path": str(model_path),
@@ -149,9 +155,19 @@ def command(
             for warning in plan.warnings if members.rank == 0 else ():
                 if not is_told(warning, practice):
                     output.warn(warning)
+            output.debug(f"planned in {plan.seconds:.2f} s: {plan.adapter}, {len(plan.info.units)} units")
             output.note(f"runner {plan.runner}: {plan.runner_why}")
             with members.meet() as ranks:
-                report = run_plan(plan, save_path, check=check, restart=restart, say=output.note, ranks=ranks)
+                report = run_plan(
+                    plan,
+                    save_path,
+                    check=check,
+                    restart=restart,
+                    say=output.note,
+                    ranks=ranks,
+                    command=output.command,
+                    debug=debug,
+                )
     if not report:
         return
     unseen = idle_experts(report)

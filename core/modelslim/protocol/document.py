@@ -49,11 +49,13 @@ class Document:
         value: dict, list, str, int, float, bool or None, by the YAML 1.2 core schema; merge keys
             and aliases are expanded.
         root: the places of the values.
+        text: what the file holds.
     """
 
     file: str
     value: Any
     root: Place
+    text: str = ""
 
     def place(self, path: Sequence[str | int]) -> Place:
         """Place of a value; of its nearest ancestor in the file when it is not written there."""
@@ -145,7 +147,7 @@ def parse_document(text: str, file: str = "<string>") -> Document:
     if builder.found:
         found = sorted(builder.found.values(), key=lambda diagnostic: (diagnostic.line or 0, diagnostic.column or 0))
         raise ProtocolError(f"{file} cannot be read as a protocol", diagnostics=found)
-    return Document(file, value, root)
+    return Document(file, value, root, text)
 
 
 def _not_utf8(file: str, data: bytes, error: UnicodeDecodeError) -> Diagnostic:

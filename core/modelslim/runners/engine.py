@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from modelslim.activations import Boundary
 from modelslim.batches import batched
-from modelslim.devices import synchronize, work_alone
+from modelslim.debug_info import write_unit
+from modelslim.devices import peak_device_memory, synchronize, work_alone
 from modelslim.edits import edited_parameters, stored_edits
 from modelslim.inputs import model_inputs
 from modelslim.kv_cache import QuantizedCache
@@ -25,6 +26,7 @@ from modelslim.plan import Plan
 from modelslim.ports import PortCollector
 from modelslim.quantized import QuantizedLinear
 from modelslim.ranks import ALONE, Ranks, merge_order
+from modelslim.report import peak_memory
 from modelslim.result import RunOutput
 from modelslim.runners.finished import FinishedUnits
 from modelslim.runners.standing import in_place
@@ -229,19 +231,20 @@ class Engine:
 
     def _write(self, unit: str, index: int, clock: _Clock, outcome: Outcome, left: Left, stored: Sequence[str]) -> None:
         """Hand on what was quantized and edited, also by earlier stages, and what of the unit is left to copy."""
-        record = {"unit": unit, "seconds": clock.laps, **outcome.record}
+        record = {"unit": unit, "seconds": clock.laps, **clock.memory, **outcome.record}
         self._records.append(record)
         if self._stage is not None:
             edits = edited_parameters(self._model, outcome.edited)
             self._stage.put(unit, outcome.modules, outcome.caches, edits, outcome.multipliers)
             clock.lap("write")
         elif self._ranks.is_first:
-            self._put(unit, clock, outcome, left, stored, record)
+            self._put(unit, index, clock, outcome, left, stored, record)
         self._plan.session.unit_finished(unit, self._held.started + index, self._held.total, record)
 
     def _put(
         self,
         unit: str,
+        index: int,
         clock: _Clock,
         outcome: Outcome,
         left: Left,
@@ -259,6 +262,8 @@ class Engine:
         self._written.update(stored, gone)
         self._writer.wait()
         clock.lap("write")
+        if self._writer.debug:
+            write_unit(self._writer.path, index, modules, caches, outcome.observed, record)
         self._writer.put(unit, modules, caches, edited, copies, sorted(changed), record)
 
     def _replaced(self, modules: Iterable[str], edited: Iterable[str]) -> set[str]:
@@ -313,15 +318,22 @@ class Engine:
 
 
 class _Clock:
-    """Seconds by phase."""
+    """Seconds by phase, and the largest memory up to the end of each."""
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._last = time.perf_counter()
         self.laps: dict[str, float] = {}
+        self.memory: dict[str, dict[str, int]] = {}
 
     def lap(self, phase: str) -> None:
         synchronize(self._device)
         now = time.perf_counter()
         self.laps[phase] = round(now - self._last, 6)
+        for kind, peak in (
+            ("peak_memory_bytes", peak_memory()),
+            ("peak_device_memory_bytes", sum(peak_device_memory(self._device).values())),
+        ):
+            if peak:
+                self.memory.setdefault(kind, {})[phase] = peak
         self._last = now

@@ -22,6 +22,7 @@ from modelslim.multipliers import (
     shared_multipliers,
     undo_input_multiplier,
 )
+from modelslim.observed import Observed
 from modelslim.plan import Plan
 from modelslim.plan_checks import Step, with_held_scales
 from modelslim.ports import Kinds, PortCollector
@@ -49,6 +50,7 @@ class Outcome:
         specs: what the quantized linears became, by the names of the modules that hold them.
         record: for the report.
         multipliers: of a prior stage, linears that share a multiplier of their input and are left to later stages.
+        observed: ranges that were measured; references, no copies.
     """
 
     modules: dict[str, QuantizedLinear] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Outcome:
     specs: dict[str, QuantSpec] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     multipliers: list[tuple[list[str], Tensor]] = field(default_factory=list)
+    observed: Observed = field(default_factory=Observed)
 
 
 class UnitWork:
@@ -200,6 +203,7 @@ class UnitWork:
         """
         shares = shares or Shares(self._views[0][1].linears, self._claimed, statistics, self._ranks)
         linears, outputs = judged or ({}, {})
+        outcome.observed.enter(statistics)
         for step, seen in group:
             outputs.update(float_outputs({name: linears[name] for name in seen.specs if name in linears}, statistics))
             handed = self._context.view(step.algorithm.hands_over, step.algorithm.takes_over)
@@ -213,6 +217,7 @@ class UnitWork:
             outcome.modules.update(shares.all(modules, view.specs) if divided else modules)
             outcome.caches.update(step.algorithm.quantize_caches(view, statistics))
             outcome.edited |= step.algorithm.edits(view)
+        outcome.observed.leave(statistics)
 
     def _calls(self, stream: Stream, reference: Stream) -> Calls:
         """The calls of the unit, and what the float model gives for them."""
@@ -254,6 +259,8 @@ class UnitWork:
         outcome.edited -= held
         outcome.specs = {name: module.spec for name, module in outcome.modules.items()}
         outcome.record["linears"] = {name: spec.scheme for name, spec in outcome.specs.items()}
+        if activations := outcome.observed.as_data():
+            outcome.record["activations"] = activations
         if notes := {name: list(one.notes) for name, one in outcome.modules.items() if one.notes}:
             outcome.record["notes"] = notes
         if outcome.caches:
