@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, str] = {
     "plan": "Show what quant would do, and refuse what it could not.",
     "verify": "Check a quantized model, file by file and number by number.",
     "convert": "Convert a quantized model into another format, without loss.",
+    "analyze": "Find out what of a model suffers most from quantization.",
     "eval": "Measure a quantized model against its float model.",
     "demo": "Quantize a small real model and let it answer.",
     "plugins": "List the installed plugins and whether they work.",
