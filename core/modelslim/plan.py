@@ -34,9 +34,9 @@ from modelslim.plan_topology import (
     find_topology,
     with_subgraphs,
 )
-from modelslim.protocol.document import shorten
+from modelslim.protocol.document import Document, shorten
 from modelslim.protocol.model import Protocol
-from modelslim.protocol.validate import read_protocol
+from modelslim.protocol.validate import check_document, read_protocol
 from modelslim.registry import Registry
 from modelslim.sampling import choose_samples
 from modelslim.saver import PlannedModel, Saver
@@ -158,6 +158,7 @@ def make_plan(
     engine: str | None = None,
     tp: int = 1,
     observers: Sequence[tuple[str, object]] = (),
+    document: Document | None = None,
 ) -> Plan:
     """Resolve a run and refuse what cannot work, all mistakes of the protocol at once.
 
@@ -171,13 +172,17 @@ def make_plan(
             of what the engine that the format is for does not load.
         tp: the engine's degree of tensor parallelism.
         observers: further plugins of this run, by name.
+        document: the protocol, when it is part of another file, which ``config_path`` then is; None to read it.
 
     Raises:
         ProtocolError, PluginError, CapabilityError, ModelError, DatasetError, UsageError: before
             any weight is read.
     """
     registry = Registry.scan()
-    protocol, diagnostics = read_protocol(config_path, registry)
+    if document is None:
+        protocol, diagnostics = read_protocol(config_path, registry)
+    else:
+        protocol, diagnostics = check_document(document, registry)
     if protocol is None:
         raise _refusal(config_path, diagnostics)
     with _together_with(diagnostics):

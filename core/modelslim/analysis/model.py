@@ -74,12 +74,13 @@ class FloatModel:
             )
         self.checkpoint.decode(self.session.get_decoded_tensors(self.checkpoint.stored))
         self.model = self.session.init_model(self.device)
-        if dtype is not None:
-            self.model.to(getattr(torch, dtype))
         sources = self.session.get_weight_sources(self.model, self.checkpoint.shapes)
         self._loader = Loader(self.model, self.checkpoint, sources, self.device)
         self._loader.require_fit()
         self.info = describe(self.model, list(self.session.generate_model_visit(self.model)), self._loader)
+        if dtype is not None:  # behind the description, which tells the types that are stored
+            self.model.to(getattr(torch, dtype))
+            self._loader = Loader(self.model, self.checkpoint, sources, self.device)
         self.warnings = [remark] if remark else []
         self._prove = lambda: prove_forward(
             self.session, self.model, self.checkpoint, kind, name, trust_remote_code, registry

@@ -60,9 +60,7 @@ def analyze(
         raise UsageError(f"there is no scope {scope!r}", hint=nearest(scope, SCOPES))
     metric = metric or SCOPES[scope][0]
     if metric not in SCOPES[scope]:
-        raise UsageError(
-            f"the scope {scope} has no metric {metric!r}", hint=f"its metrics: {', '.join(SCOPES[scope])}"
-        )
+        raise UsageError(f"the scope {scope} has no metric {metric!r}", hint=f"its metrics: {', '.join(SCOPES[scope])}")
     registry = Registry.scan()
     place, samples, remarks = find_samples(dataset, registry)
     opened = FloatModel(

@@ -6,9 +6,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 MOST_STATES = 200_000
-"""Partial choices that are kept side by side; beyond that the best found counts, and the bound says how far it may be."""
+"""Partial choices that are kept side by side; beyond that the bound says how far the best found may be off."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def solve(groups: Sequence[Sequence[Item]], budget: int) -> Choice | None:
         (
             _Step(index, new, items[new].cost - items[old].cost, items[old].loss - items[new].loss)
             for index, (items, hull) in enumerate(zip(groups, hulls, strict=True))
-            for old, new in zip(hull, hull[1:], strict=False)
+            for old, new in pairwise(hull)
         ),
         key=lambda step: -step.gain / step.cost,
     )
