@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ class FloatModel:
             self.model.to(getattr(torch, dtype))
             self._loader = Loader(self.model, self.checkpoint, sources, self.device)
         self.warnings = [remark] if remark else []
-        self._prove = lambda: prove_forward(
-            self.session, self.model, self.checkpoint, kind, name, trust_remote_code, registry
+        self._proof = partial(
+            prove_forward, self.session, self.model, self.checkpoint, kind, name, trust_remote_code, registry
         )
 
     def __enter__(self) -> FloatModel:
@@ -94,7 +95,7 @@ class FloatModel:
 
     def inputs(self, samples: Sequence[Any]) -> Sequence[Any]:
         """Calibration samples as model inputs; the forward is proven first, as for ``quant``."""
-        self.warnings += self._prove()
+        self.warnings += self._proof()
         self._loader.fill_on_demand(self.info.units)
         if self.session.has("enable_kv_cache"):
             self.session.enable_kv_cache(self.model, False)
@@ -129,19 +130,11 @@ class FloatModel:
                 self.session.unit_finished(unit, index, len(units), record)
 
 
-def find_samples(value: str, registry: Registry, base: Path | None = None) -> tuple[Path, list[Any], list[str]]:
-    """A calibration set of texts, or of images, audio and video: what it is, is told by its form.
-
-    Args:
-        value: a path, or the name of a set that is shipped.
-        registry: the installed plugins.
-        base: where relative paths are tried, too.
-
-    Returns:
-        Where it lies, its samples, and what the user should know about them.
+def find_set(value: str, registry: Registry, base: Path | None = None) -> tuple[Path, bool]:
+    """Where a calibration set lies, and True when it is one of images, audio and video.
 
     Raises:
-        DatasetError: there is no such set, or it is broken.
+        DatasetError: there is no such set.
     """
     try:
         found = find_dataset(value, registry, base)
@@ -150,8 +143,29 @@ def find_samples(value: str, registry: Registry, base: Path | None = None) -> tu
             found = find_dataset(value, registry, base, directories=True)
         except DatasetError:
             raise error from None
-    if found.is_dir() or found.name in INDEXES:
-        samples, remarks = read_vlm_samples(found, DEFAULT_TEXT)
+    return found, found.is_dir() or found.name in INDEXES
+
+
+def find_samples(
+    value: str, registry: Registry, base: Path | None = None, text: str = DEFAULT_TEXT
+) -> tuple[Path, list[Any], list[str]]:
+    """A calibration set of texts, or of images, audio and video: what it is, is told by its form.
+
+    Args:
+        value: a path, or the name of a set that is shipped.
+        registry: the installed plugins.
+        base: where relative paths are tried, too.
+        text: prompt of an image that comes without one.
+
+    Returns:
+        Where it lies, its samples, and what the user should know about them.
+
+    Raises:
+        DatasetError: there is no such set, or it is broken.
+    """
+    found, is_multimodal = find_set(value, registry, base)
+    if is_multimodal:
+        samples, remarks = read_vlm_samples(found, text)
         return found, list(samples), remarks
     return found, read_samples(found), []
 

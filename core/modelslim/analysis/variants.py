@@ -9,6 +9,7 @@ weights are read once; computed are half as many units as there are variants tim
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,7 +119,7 @@ def follow_variants(
 
 
 class _Walk:
-    """The float forwards, and all that their units gave."""
+    """The float forwards, and all that their units gave; models get copies, since some change what they receive."""
 
     def __init__(self, model: FloatModel, inputs: Sequence[Any]) -> None:
         self._model = model
@@ -137,7 +138,7 @@ class _Walk:
                 while forward.request is not None and forward.request.name == unit:
                     kept.append(compute(forward.request))
                     ports.next_sample()
-                    forward.send(kept[-1])
+                    forward.send(deepcopy(kept[-1]))
                 forward.result = None
         return ports.statistics()
 
@@ -155,7 +156,7 @@ class _Walk:
         """A new forward that was fed the float outputs of the units before that of this number."""
         forward, kept = self._start(index), iter(self._kept[index])
         while forward.request is not None and self._order[forward.request.name] < until:
-            forward.send(next(kept))
+            forward.send(deepcopy(next(kept)))
         return forward
 
 
@@ -180,4 +181,4 @@ def _finish(walk: _Walk, unit: str, alive: Mapping[Hashable, Sequence[_Forward]]
 
 
 def _rows(output: Tensor) -> Sequence[Tensor]:
-    return output.reshape(-1, output.shape[-1]).split(_ROWS)
+    return torch.split(output.reshape(-1, output.shape[-1]), _ROWS)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modelslim.analysis.model import FloatModel, find_samples
+from modelslim.analysis.model import FloatModel
 from modelslim.analysis.scores import as_patterns
 from modelslim.analysis.simulate import Simulation
 from modelslim.errors import Diagnostic, ProtocolError
@@ -154,9 +154,7 @@ class Budget(Strategy):
         method = self.config["sensitivity"]
         file = self.context.directory / FILE
         if not file.exists():
-            spec = self.config["template"]["spec"]
-            name = spec.get("dataset", "mix_calib.jsonl")
-            _, samples, _ = find_samples(name, self.context.registry, self.context.plan.base)
+            samples = self.context.samples(self.config["template"]["spec"])
             samples = list(choose_samples(samples, self.config["samples"]))
             options = len(self._quantizing)
             self.context.say(f"measuring {options} options of {len(groups)} groups on {len(samples)} samples: {method}")

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from modelslim.analysis.model import find_set
 from modelslim.analysis.scores import as_patterns
 from modelslim.errors import ProtocolError
 from modelslim.model_info import ModelInfo
 from modelslim.patterns import matches
 from modelslim.protocol.document import Document, Place
+from modelslim.protocol.model import MULTIMODAL
 from modelslim.tune.fallback import StandingHigh
 from modelslim.tune.strategy import Context
 from modelslim.types import LinearInfo
@@ -84,10 +86,15 @@ class Experience(StandingHigh):
             if not process:
                 raise ProtocolError(f"{plan.document.file}: the table leaves every linear of this model in float")
             spec = {"process": process, "save": self.config["save"], "dataset": self.config["dataset"]}
-            self._template = {"apiversion": "modelslim_v1", "spec": spec}
+            _, is_multimodal = find_set(self.config["dataset"], self.context.registry, plan.base)
+            self._template = {"apiversion": MULTIMODAL if is_multimodal else "modelslim_v1", "spec": spec}
         place = plan.part(("strategy",))[1]
-        entries = dict.fromkeys(range(len(self._template["spec"]["process"])), Place(place.value))
-        children = {"process": Place(place.value, children=entries), "save": plan.part(("strategy", "save"))[1]}
+        count = len(self._template["spec"]["process"])
+        entries: dict[str | int, Place] = {index: Place(place.value) for index in range(count)}
+        children: dict[str | int, Place] = {
+            "process": Place(place.value, children=entries),
+            "save": plan.part(("strategy", "save"))[1],
+        }
         spec_place = Place(place.value, children=children)
         return self._template, Place(place.value, children={"spec": spec_place})
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from modelslim.analysis.layers import layer_errors
-from modelslim.analysis.model import find_samples
 from modelslim.analysis.simulate import Simulation
 from modelslim.errors import ProtocolError
 from modelslim.protocol.document import Document, Place
@@ -75,8 +74,7 @@ class Fallback(Strategy):
             document: the protocol; smoothing in it is not taken into account.
         """
         spec = document.value["spec"]
-        name = self.config.get("analysis_dataset") or spec.get("dataset", "mix_calib.jsonl")
-        _, samples, _ = find_samples(name, self.context.registry, self.context.plan.base)
+        samples = self.context.samples(spec, self.config.get("analysis_dataset"))
         entries = [(("spec", "process", index), entry) for index, entry in enumerate(spec["process"])]
         self.context.say(f"ranking layers by the error of their outputs on {len(samples)} samples")
         with self.context.open() as model:

@@ -39,7 +39,7 @@ class Judge:
         self._trust = trust_remote_code
         self.in_process = self._config["type"] == "in_process"
         self.metric: str = self._config["metric"] if self.in_process else "score"
-        self.higher = self.metric == "top1_agreement" if self.in_process else self._config["better"] == "higher"
+        self.higher: bool = self.metric == "top1_agreement" if self.in_process else self._config["better"] == "higher"
         self.target: float | None = self._config.get("target")
         self._text = self._read(plan) if self.in_process else ""
 
@@ -47,12 +47,8 @@ class Judge:
         """True when the score reaches the target, or misses it by no more than the tolerance."""
         if self.target is None:
             return True
-        tolerance = self._config["tolerance"]
+        tolerance: float = self._config["tolerance"]
         return score >= self.target - tolerance if self.higher else score <= self.target + tolerance
-
-    def better(self, score: float, other: float) -> bool:
-        """True when the first score is the better one."""
-        return score > other if self.higher else score < other
 
     def score(self, checkpoint: Path, seconds: float | None) -> tuple[float, dict[str, Any]]:
         """The score of a checkpoint, and what else the evaluation tells.

@@ -91,7 +91,7 @@ def protocols(plan: TunePlan) -> Iterator[Document]:
             probe = {"type": "linear_quant", "qconfig": {"weight": {}}}
             process = [*front, probe]
             spec = {"process": process, "save": save}
-            children = {"process": front_place, "save": place}
+            children: dict[str | int, Place] = {"process": front_place, "save": place}
             value = {"apiversion": "modelslim_v1", "spec": spec}
             yield plan.protocol(value, Place(place.value, children={"spec": Place(place.value, children=children)}))
         return

@@ -98,7 +98,7 @@ def tune(
     check_trials(trials_path(save_path))
     registry = Registry.scan()
     plan = read_tune_plan(config_path, registry)
-    settings = {"device": device, "model_type": model_type, "trust_remote_code": trust_remote_code}
+    settings: dict[str, Any] = {"device": device, "model_type": model_type, "trust_remote_code": trust_remote_code}
     judge = Judge(plan, model_path, device, trust_remote_code)
     context = Context(plan, model_path, registry, trials_path(save_path), {**settings, "observers": observers}, say)
     strategy = STRATEGIES[plan.strategy["type"]](context)

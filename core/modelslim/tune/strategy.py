@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelslim.analysis.model import FloatModel
+from modelslim.analysis.model import DEFAULT_TEXT, FloatModel, find_samples
 from modelslim.protocol.document import Document
 from modelslim.registry import Registry
 from modelslim.tune.plan import TunePlan
@@ -64,6 +64,17 @@ class Context:
     directory: Path
     options: Mapping[str, Any]
     say: Callable[[str], None]
+
+    def samples(self, spec: Mapping[str, Any], dataset: str | None = None) -> list[Any]:
+        """Calibration samples.
+
+        Args:
+            spec: of a protocol, whose set is taken.
+            dataset: another one.
+        """
+        name = dataset or spec.get("dataset", "mix_calib.jsonl")
+        text = spec.get("default_text", DEFAULT_TEXT)
+        return find_samples(name, self.registry, self.plan.base, text)[1]
 
     def open(self, dtype: str | None = None) -> FloatModel:
         """The float model."""
