@@ -112,8 +112,8 @@ def as_patterns(names: Collection[str], everything: Collection[str]) -> list[str
     for (before, behind), numbers in layers.items():
         parent, _, last = behind.rpartition(".")
         siblings[before, tuple(sorted(set(numbers), key=int)), parent].append(last)
-    for (before, numbers, parent), lasts in siblings.items():
-        for chunk in _chunks(numbers, max(1, _MOST // len(lasts))):
+    for (before, layer_numbers, parent), lasts in siblings.items():
+        for chunk in _chunks(layer_numbers, max(1, _MOST // len(lasts))):
             if all(lasts):
                 patterns.append(f"{before}{_either(chunk)}{parent}.{_either(lasts)}")
             else:

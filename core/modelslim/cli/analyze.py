@@ -22,7 +22,7 @@ from modelslim.cli.options import (
     trust_remote_code_option,
 )
 from modelslim.cli.output import Output, pass_output
-from modelslim.errors import SaveError
+from modelslim.errors import SaveError, UsageError
 
 if TYPE_CHECKING:
     from modelslim.analysis.scores import Analysis
@@ -103,6 +103,8 @@ def command(
 
     if plot is not None:
         require_plotting(plot)
+    if table is not None and not table.parent.is_dir():
+        raise UsageError(f"--csv {table}: there is no directory {table.parent}", hint="make it first")
     start = time.monotonic()
     with progress(output, "measuring") as observers, redirect_stdout(sys.stderr):
         result = analyze(
@@ -140,4 +142,4 @@ def _write_csv(file: Path, result: Analysis) -> None:
             writer.writerow(["rank", "name", "score"])
             writer.writerows((rank, one.name, "" if one.score is None else one.score) for rank, one in result.ranked())
     except OSError as error:
-        raise SaveError(f"{file}: {error.strerror}", hint="give --csv a file in a directory that exists") from error
+        raise SaveError(f"{file}: {error.strerror}", hint="choose another place for --csv") from error

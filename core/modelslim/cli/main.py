@@ -21,7 +21,7 @@ COMMANDS: Mapping[str, str] = {
     "verify": "Check a quantized model, file by file and number by number.",
     "convert": "Convert a quantized model into another format, without loss.",
     "analyze": "Find out what of a model suffers most from quantization.",
-    "tune": "Search for a protocol that is good enough, or best within a budget.",
+    "tune": "Search for a protocol, and quantize with it.",
     "eval": "Measure a quantized model against its float model.",
     "demo": "Quantize a small real model and let it answer.",
     "plugins": "List the installed plugins and whether they work.",

@@ -91,10 +91,8 @@ class Experience(StandingHigh):
         place = plan.part(("strategy",))[1]
         count = len(self._template["spec"]["process"])
         entries: dict[str | int, Place] = {index: Place(place.value) for index in range(count)}
-        children: dict[str | int, Place] = {
-            "process": Place(place.value, children=entries),
-            "save": plan.part(("strategy", "save"))[1],
-        }
+        save = plan.part(("strategy", "save"))[1]
+        children: dict[str | int, Place] = {"process": Place(place.value, children=entries), "save": save}
         spec_place = Place(place.value, children=children)
         return self._template, Place(place.value, children={"spec": spec_place})
 
