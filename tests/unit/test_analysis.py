@@ -176,6 +176,17 @@ def test_attentions_are_scored_by_what_rounded_keys_and_values_do(tiny_llama: Pa
     assert result.exclude == [f"{result.scores[0].name}.*"]
 
 
+@pytest.mark.parametrize("metric", ["mse_layer_wise", "mse_model_wise"])
+def test_layers_of_experts_are_scored(metric: str, tiny_moe: Path, calibration_file: Path) -> None:
+    result = analyze(tiny_moe, "layer", metric=metric, dataset=str(calibration_file), device="cpu")
+    assert {one.name for one in result.scores} == {"model.layers.0", "model.layers.1"}
+    alone = analyze(
+        tiny_moe, "layer", metric=metric, dataset=str(calibration_file), device="cpu", quant_modules=["*experts*"]
+    )
+    for whole, experts in zip(*(sorted(one.scores, key=lambda s: s.name) for one in (result, alone)), strict=True):
+        assert whole.score is not None and experts.score is not None and 0 < experts.score < whole.score
+
+
 def test_what_does_not_fit_is_refused(tiny_llama: Path, calibration_file: Path, llama_factory: Any) -> None:
     with pytest.raises(UsageError, match="'\\*dwon_proj' matches no linear"):
         analyze(tiny_llama, "linear", dataset=str(calibration_file), device="cpu", pattern=["*dwon_proj"])

@@ -27,6 +27,7 @@ from modelslim.tune.knapsack import Item, solve
 from modelslim.tune.plan import read_tune_plan
 from modelslim.tune.run import parse_timeout, trials_path, tune
 from modelslim.tune.strategy import Candidate, Verdict
+from modelslim.tune.trials import Trials
 
 INT4 = {"type": "linear_quant", "qconfig": {"weight": {"dtype": "int4", "scope": "per_channel"}}}
 INT8 = {"type": "linear_quant", "qconfig": {"weight": {"dtype": "int8", "scope": "per_channel"}}}
@@ -446,6 +447,33 @@ def test_what_does_not_fit_the_model_is_told_at_its_line_before_anything_is_meas
     assert places and all(one.line is not None and one.file == str(plan) for one in places)
     assert "weight:" in lines[(places[0].line or 0) - 2] or "dtype" in lines[(places[0].line or 0) - 1]
     assert not trials_path(tmp_path / "out").exists()
+
+
+def test_two_tunes_do_not_share_their_trials(tmp_path: Path) -> None:
+    with Trials(tmp_path / "t", {"tune": 1}, restart=False) as first:
+        first.add({"trial": 1, "key": "a"})
+        with pytest.raises(UsageError, match="in use by another tune"):
+            Trials(tmp_path / "t", {"tune": 1}, restart=False)
+    with Trials(tmp_path / "t", {"tune": 1}, restart=False) as again:
+        assert again.find("a") == {"trial": 1, "key": "a"} and again.find("b") is None
+    with Trials(tmp_path / "t", {"tune": 2}, restart=True) as other:
+        assert other.records == []
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").touch()
+    with pytest.raises(UsageError, match="holds no trials"):
+        Trials(tmp_path / "photos", {"tune": 1}, restart=True)
+
+
+def test_a_program_that_is_stopped_by_the_time_of_the_tune_leaves_what_is_best(
+    tiny_llama: Path, calibration_file: Path, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    evaluation = {**scorer(tmp_path, "import time\ntime.sleep(600)\n"), "target": 1}
+    value = {"strategy": {"type": "standing_high", "template": template(calibration_file)}, "evaluation": evaluation}
+    with pytest.raises(QuantizationError, match="none was made"):
+        tune(tiny_llama, tmp_path / "out", write_plan(value), device="cpu", timeout=6)
+    evaluation["timeout"] = 1
+    with pytest.raises(UsageError, match="took longer than 1 s"):
+        tune(tiny_llama, tmp_path / "out", write_plan(value), device="cpu", restart=True)
 
 
 def test_scores_are_read_from_the_last_line() -> None:

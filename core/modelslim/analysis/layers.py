@@ -16,7 +16,7 @@ from modelslim.analysis.distance import Distance
 from modelslim.analysis.linears import select_linears
 from modelslim.analysis.model import FloatModel, compute, main_tensor
 from modelslim.analysis.scores import Score, rank
-from modelslim.analysis.simulate import Simulation, collector_of
+from modelslim.analysis.simulate import Simulation, collector_of, statistics_of
 from modelslim.analysis.variants import follow_variants
 from modelslim.errors import UsageError
 from modelslim.protocol.document import parse_document
@@ -83,8 +83,8 @@ def layer_errors(model: FloatModel, samples: Sequence[Any], simulation: Simulati
         with closing(model.start(model.inputs(samples))) as boundary:
             for unit in model.each_unit():
                 with collector_of([simulation], unit, model.model) as ports:
-                    boundary.measure_unit(unit, ports.next_sample, hold=True)
-                modules = simulation.quantize(unit, model.model, ports.statistics())
+                    tokens = boundary.measure_unit(unit, ports.next_sample, hold=True)
+                modules = simulation.quantize(unit, model.model, statistics_of(ports, tokens))
                 if modules:
                     with in_place(model.model, modules):
                         found[unit] = compare_held(boundary, unit)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from modelslim.coverage import cover
 from modelslim.errors import Diagnostic, ProtocolError
 from modelslim.model_info import ModelInfo
 from modelslim.plan_checks import Checks, Step, with_scale_dtypes
@@ -93,6 +94,21 @@ def collector_of(simulations: Iterable[Simulation], unit: str, model: nn.Module)
         for name, kinds in simulation.needs(unit, model).items():
             needs[name] = needs.get(name, frozenset()) | kinds
     return PortCollector({name: model.get_submodule(name) for name in needs}, needs)
+
+
+def statistics_of(ports: PortCollector, tokens: int) -> UnitStatistics:
+    """What was measured in a unit; experts without a token borrow from the others, as in a run by default.
+
+    Args:
+        ports: measured it.
+        tokens: how many tokens, or calls, entered the unit.
+
+    Raises:
+        QuantizationError: no expert of a layer saw a token.
+    """
+    if tokens:
+        cover(ports, sorted(ports.wanted), "fallback")
+    return ports.statistics()
 
 
 def _restricted(step: Step, only: Collection[str]) -> Step:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from modelslim.analysis.distance import Distance
 from modelslim.analysis.model import FloatModel, compute, main_tensor
-from modelslim.analysis.simulate import Simulation, collector_of
+from modelslim.analysis.simulate import Simulation, collector_of, statistics_of
 from modelslim.runners.standing import in_place
 from modelslim.statistics import UnitStatistics
 from modelslim.types import ProcessRequest
@@ -133,14 +133,16 @@ class _Walk:
 
     def measure(self, unit: str, simulations: Iterable[Simulation]) -> UnitStatistics:
         """Let the float forwards pass the unit, and keep what it gives; their ends are of no interest."""
+        entered = 0
         with collector_of(simulations, unit, self._model.model) as ports:
             for forward, kept in zip(self.forwards, self._kept, strict=True):
                 while forward.request is not None and forward.request.name == unit:
                     kept.append(compute(forward.request))
                     ports.next_sample()
+                    entered += 1
                     forward.send(deepcopy(kept[-1]))
                 forward.result = None
-        return ports.statistics()
+        return statistics_of(ports, entered)
 
     def born(self, unit: str) -> list[_Forward]:
         """New forwards that wait at the unit with its output computed; the unit is quantized now."""

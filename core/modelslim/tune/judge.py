@@ -17,6 +17,10 @@ from modelslim.evaluation import evaluate
 from modelslim.tune.plan import TunePlan
 
 
+class OutOfTimeError(Exception):
+    """The time of the whole tune was over before a program had judged."""
+
+
 class Judge:
     """Scores checkpoints as ``evaluation`` of the plan says.
 
@@ -59,6 +63,7 @@ class Judge:
 
         Raises:
             UsageError: the program fails, takes too long, or prints no score.
+            OutOfTimeError: ``seconds`` are over.
         """
         if not self.in_process:
             return self._ask(checkpoint, seconds)
@@ -94,9 +99,11 @@ class Judge:
         except OSError as error:
             raise UsageError(f"evaluation.command: {words[0]} cannot be started: {error.strerror}") from error
         except subprocess.TimeoutExpired as error:
+            if seconds is not None and error.timeout == seconds:
+                raise OutOfTimeError from error
             raise UsageError(
                 f"evaluation.command took longer than {error.timeout:.0f} s",
-                hint="raise evaluation.timeout or --timeout; the same command goes on with this trial",
+                hint="raise evaluation.timeout; the same command goes on with this trial",
             ) from error
         if done.returncode:
             raise UsageError(

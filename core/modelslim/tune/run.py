@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from modelslim.run import quantize
 from modelslim.tune.budget import Budget
 from modelslim.tune.experience import Experience
 from modelslim.tune.fallback import BinaryFallback, StandingHigh
-from modelslim.tune.judge import Judge
+from modelslim.tune.judge import Judge, OutOfTimeError
 from modelslim.tune.plan import TunePlan, read_tune_plan
 from modelslim.tune.strategy import Candidate, Context, Strategy, Verdict
 from modelslim.tune.trials import VERSION, Trials, check_trials, key_of
@@ -103,70 +104,77 @@ def tune(
     context = Context(plan, model_path, registry, trials_path(save_path), {**settings, "observers": observers}, say)
     strategy = STRATEGIES[plan.strategy["type"]](context)
     planned = [make_plan(model_path, config_path, document=document, **settings) for document in strategy.probes()]
-    trials = Trials(context.directory, _header(plan, planned, judge), restart=restart)
-    if trials.records:
-        say(f"continuing {trials.path}: {len(trials.records)} trials are done")
-    arena = _Arena(context, judge, trials, planned[0], {**settings, "observers": observers})
-    proposals = strategy.propose()
-    candidate = next(proposals, None)
-    tried: list[dict[str, Any]] = []
-    ended = "the strategy is done"
-    while candidate is not None:
-        known = trials.find(key_of(arena.complete(candidate)))
-        if known is None and len(trials.records) >= plan.max_trials:
-            ended = f"max_trials ({plan.max_trials}) is reached"
-            break
-        left = None if timeout is None else timeout - (time.monotonic() - start)
-        if known is None and left is not None and left <= 0:
-            ended = "the time is over"
-            break
-        record = known or arena.fight(candidate, left)
-        tried.append(record)
-        mark = "" if judge.target is None else (", passes" if record["passed"] else ", fails")
-        say(f"trial {record['trial']}: {record['note']}: {judge.metric} {record['score']:.6g}{mark}")
-        try:
-            candidate = proposals.send(Verdict(record["score"], record["passed"]))
-        except StopIteration:
-            candidate = None
-    proposals.close()
-    say(ended)
-    best = _best(tried, judge)
-    protocol = trials.path / best["protocol"]
-    say(f"quantizing with the protocol of trial {best['trial']}")
-    report = quantize(model_path, save_path, protocol, observers=observers, **settings)
-    result = {
-        "ended": ended,
-        "metric": judge.metric,
-        "best": best["trial"],
-        "score": best["score"],
-        "bytes_after": report["bytes_after"],
-        "protocol": str(save_path / PROTOCOL),
-        "trials": tried,
-    }
-    with explained(save_path):
-        shutil.copyfile(protocol, save_path / PROTOCOL)
-        write_json(save_path / RESULT, result)
+    with Trials(context.directory, _header(plan, planned, judge), restart=restart) as trials:
+        if trials.records:
+            say(f"continuing {trials.path}: {len(trials.records)} trials are done")
+        arena = _Arena(context, judge, trials, {**settings, "observers": observers})
+        tried, ended = _search(strategy, arena, None if timeout is None else start + timeout)
+        say(ended)
+        best = _best(tried, judge)
+        protocol = trials.path / best["protocol"]
+        say(f"quantizing with the protocol of trial {best['trial']}")
+        report = quantize(model_path, save_path, protocol, observers=observers, **settings)
+        result = {
+            "ended": ended,
+            "metric": judge.metric,
+            "best": best["trial"],
+            "score": best["score"],
+            "bytes_after": report["bytes_after"],
+            "protocol": str(save_path / PROTOCOL),
+            "trials": tried,
+        }
+        with explained(save_path):
+            shutil.copyfile(protocol, save_path / PROTOCOL)
+            write_json(save_path / RESULT, result)
     return result
+
+
+def _search(strategy: Strategy, arena: _Arena, deadline: float | None) -> tuple[list[dict[str, Any]], str]:
+    """The trials that the strategy asked for, and why they ended."""
+    tried: list[dict[str, Any]] = []
+    judge, most = arena.judge, arena.context.plan.max_trials
+    with closing(strategy.propose()) as proposals:
+        candidate = next(proposals, None)
+        while candidate is not None:
+            record = arena.known(candidate)
+            if record is None and len(arena.trials.records) >= most:
+                return tried, f"max_trials ({most}) is reached"
+            left = None if deadline is None else deadline - time.monotonic()
+            if record is None and left is not None and left <= 0:
+                return tried, "the time is over"
+            try:
+                record = record or arena.fight(candidate, left)
+            except OutOfTimeError:
+                return tried, "the time is over"
+            tried.append(record)
+            mark = "" if judge.target is None else (", passes" if record["passed"] else ", fails")
+            arena.context.say(f"trial {record['trial']}: {record['note']}: {judge.metric} {record['score']:.6g}{mark}")
+            try:
+                candidate = proposals.send(Verdict(record["score"], record["passed"]))
+            except StopIteration:
+                candidate = None
+    return tried, "the strategy is done"
 
 
 class _Arena:
     """Makes a trial of a candidate."""
 
-    def __init__(
-        self, context: Context, judge: Judge, trials: Trials, planned: Plan, settings: Mapping[str, Any]
-    ) -> None:
-        self._context = context
-        self._judge = judge
-        self._trials = trials
-        self._planned = planned
+    def __init__(self, context: Context, judge: Judge, trials: Trials, settings: Mapping[str, Any]) -> None:
+        self.context = context
+        self.judge = judge
+        self.trials = trials
         self._settings = settings
+
+    def known(self, candidate: Candidate) -> dict[str, Any] | None:
+        """The trial of the same protocol, when there was one."""
+        return self.trials.find(key_of(self.complete(candidate)))
 
     def complete(self, candidate: Candidate) -> dict[str, Any]:
         """The protocol as it is written: a data set that lies beside the plan by its whole path."""
         protocol = dict(candidate.protocol)
         spec = dict(protocol["spec"])
         if "dataset" in spec:
-            beside = self._context.plan.base / Path(spec["dataset"]).expanduser()
+            beside = self.context.plan.base / Path(spec["dataset"]).expanduser()
             if not Path(spec["dataset"]).expanduser().exists() and beside.exists():
                 spec["dataset"] = str(beside.resolve())
         return {**protocol, "spec": spec}
@@ -175,32 +183,32 @@ class _Arena:
         """Quantize and judge; what is interrupted is continued by the next start."""
         protocol = self.complete(candidate)
         key = key_of(protocol)
-        directory = self._trials.directory(key)
+        directory = self.trials.directory(key)
         file, checkpoint = directory / PROTOCOL, directory / "checkpoint"
         with explained(file):
             file.write_text(yaml.safe_dump(protocol, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
         begin = time.monotonic()
         if not checkpoint.exists():
-            quantize(self._context.model_path, checkpoint, file, check=False, **self._settings)
+            quantize(self.context.model_path, checkpoint, file, check=False, **self._settings)
         middle = time.monotonic()
-        score, details = self._judge.score(checkpoint, None if left is None else max(1.0, left - (middle - begin)))
+        score, details = self.judge.score(checkpoint, None if left is None else max(1.0, left - (middle - begin)))
         end = time.monotonic()
         size = sum(one.stat().st_size for one in checkpoint.iterdir() if one.suffix == ".safetensors")
         record = {
-            "trial": len(self._trials.records) + 1,
+            "trial": len(self.trials.records) + 1,
             "key": key,
             "note": candidate.note,
-            "protocol": str(file.relative_to(self._trials.path)),
+            "protocol": str(file.relative_to(self.trials.path)),
             "score": score,
-            "passed": self._judge.passes(score),
+            "passed": self.judge.passes(score),
             "bytes_after": size,
             "seconds": {"quantize": round(middle - begin, 3), "evaluate": round(end - middle, 3)},
             "evaluation": details,
         }
-        self._trials.add(record)
+        self.trials.add(record)
         with explained(directory):
             write_json(directory / "result.json", record)
-            if not self._context.plan.keep_checkpoints:
+            if not self.context.plan.keep_checkpoints:
                 shutil.rmtree(checkpoint)
         return record
 

@@ -11,7 +11,7 @@ import torch
 
 from modelslim.analysis.layers import compare_held
 from modelslim.analysis.model import FloatModel
-from modelslim.analysis.simulate import Simulation, collector_of
+from modelslim.analysis.simulate import Simulation, collector_of, statistics_of
 from modelslim.analysis.variants import follow_variants
 from modelslim.runners.standing import in_place
 from modelslim.statistics import UnitStatistics
@@ -78,8 +78,8 @@ class Sensitivities:
             with closing(model.start(model.inputs(samples))) as boundary:
                 for unit in model.each_unit():
                     with collector_of(self._simulations, unit, model.model) as ports:
-                        boundary.measure_unit(unit, ports.next_sample, hold=True)
-                    for key, modules in self._variants(unit, ports.statistics()).items():
+                        tokens = boundary.measure_unit(unit, ports.next_sample, hold=True)
+                    for key, modules in self._variants(unit, statistics_of(ports, tokens)).items():
                         with in_place(model.model, modules):
                             losses[key] = compare_held(boundary, unit).relative or 0.0
                     boundary.run_unit(unit, lambda: None, resume=unit != last)

@@ -12,9 +12,10 @@ from typing import Any
 
 from modelslim.errors import Diagnostic, UsageError
 from modelslim.report import digest
-from modelslim.writer import explained
+from modelslim.writer import explained, lock
 
 JOURNAL = "journal.jsonl"
+LOCK = "lock"
 VERSION = 1
 
 _WORDS = {
@@ -31,7 +32,7 @@ _WORDS = {
 
 
 class Trials:
-    """A directory of trials.
+    """A directory of trials, for one process at a time; a context manager that gives it free.
 
     Attributes:
         path: the directory.
@@ -43,7 +44,7 @@ class Trials:
         restart: remove what an earlier tune left.
 
     Raises:
-        UsageError: the directory is that of another tune, or is none of ours.
+        UsageError: the directory is that of another tune, in use by one, or none of ours.
         SaveError: it cannot be written.
     """
 
@@ -52,16 +53,24 @@ class Trials:
         self.records: list[dict[str, Any]] = []
         check_trials(path)
         with explained(path):
-            if restart and path.exists():
-                shutil.rmtree(path)
             path.mkdir(parents=True, exist_ok=True)
-            lines = self._read()
-            if lines and lines[0] != header:
-                raise _another(path, lines[0], header)
-            self.records = lines[1:]
-            # Half a line of a killed process goes.
-            text = "".join(json.dumps(line) + "\n" for line in [header, *self.records])
-            (path / JOURNAL).write_text(text, encoding="utf-8")
+            self._lock = (path / LOCK).open("a", encoding="utf-8")
+        try:
+            if not lock(self._lock):
+                raise UsageError(f"{path} is in use by another tune", hint="wait for it, or choose another --save_path")
+            with explained(path):
+                if restart:
+                    _empty(path)
+                self._open(header)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> Trials:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
     def find(self, key: str) -> dict[str, Any] | None:
         """The finished trial of a protocol, by its digest."""
@@ -86,6 +95,17 @@ class Trials:
             os.fsync(stream.fileno())
         self.records.append(record)
 
+    def _open(self, header: Mapping[str, Any]) -> None:
+        """Read the journal of the same tune; half a line of a killed process goes."""
+        lines = self._read()
+        if lines and lines[0] != header:
+            raise _another(self.path, lines[0], header)
+        self.records = lines[1:]
+        text = "".join(json.dumps(line) + "\n" for line in [header, *self.records])
+        # The journal itself is never half there.
+        (self.path / "journal.new").write_text(text, encoding="utf-8")
+        (self.path / "journal.new").replace(self.path / JOURNAL)
+
     def _read(self) -> list[dict[str, Any]]:
         file = self.path / JOURNAL
         lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
@@ -98,8 +118,18 @@ def check_trials(path: Path) -> None:
     Raises:
         UsageError: it does.
     """
-    if path.exists() and not (path.is_dir() and ((path / JOURNAL).is_file() or not any(path.iterdir()))):
+    ours = path.is_dir() and ((path / LOCK).is_file() or not any(path.iterdir()))
+    if path.exists() and not ours:
         raise UsageError(f"{path} is in the way and holds no trials of a tune", hint="move it away")
+
+
+def _empty(path: Path) -> None:
+    """Remove all but the lock."""
+    for entry in path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
 
 
 def key_of(protocol: Mapping[str, Any]) -> str:
