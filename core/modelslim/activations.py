@@ -15,7 +15,7 @@ from modelslim.types import ProcessRequest
 
 
 class Boundary:
-    """All samples, waiting at the same unit with the arguments of its call.
+    """Samples, once started all waiting at the same unit with the arguments of its call.
 
     Only the arguments of the current unit are alive: a forward that is resumed drops them. A sample may
     skip units (a text without an image never enters the vision tower) and then waits at a later one, and
@@ -27,9 +27,6 @@ class Boundary:
         inputs: one model input per sample.
         units: names of the units, in the order of the visit.
         around: opened while code of the model outside the units runs.
-
-    Raises:
-        ModelError: a forward arrives at a unit that the visit does not name.
     """
 
     def __init__(
@@ -45,13 +42,29 @@ class Boundary:
         self._forwards: list[Generator[ProcessRequest, Any, Any]] = [
             session.generate_model_forward(model, sample) for sample in inputs
         ]
-        with around():
-            self._requests: list[ProcessRequest | None] = [
-                self._arrive(next(forward), "") for forward in self._forwards
-            ]
+        self._requests: list[ProcessRequest | None] = [None] * len(self._forwards)
         self._held: dict[int, Any] = {}
 
-    def run_unit(self, unit: str, after_sample: Callable[[], None], resume: bool = True) -> int:
+    def start(self, among: Sequence[int] | None = None) -> None:
+        """Let forwards run to their first unit.
+
+        Args:
+            among: numbers of the samples; None for all.
+
+        Raises:
+            ModelError: a forward arrives at a unit that the visit does not name.
+        """
+        with self._around():
+            for index in self._numbers(among):
+                self._requests[index] = self._arrive(next(self._forwards[index]), "")
+
+    def run_unit(
+        self,
+        unit: str,
+        after_sample: Callable[[], None],
+        resume: bool = True,
+        among: Sequence[int] | None = None,
+    ) -> int:
         """Compute the unit on every sample that waits there and let its forward run on to its next unit, or to its end.
 
         Outputs that are held are not computed again.
@@ -60,6 +73,7 @@ class Boundary:
             unit: name of the unit; the units before it have been run.
             after_sample: called when a sample has passed the unit and the code behind it.
             resume: False to stay at this unit, when nothing behind it is wanted.
+            among: numbers of the samples that count; None for all.
 
         Returns:
             How many tokens passed.
@@ -68,7 +82,8 @@ class Boundary:
             ModelError: the forward visits units in another order than the visit.
         """
         tokens = 0
-        for index, request in enumerate(self._requests):
+        for index in self._numbers(among):
+            request = self._requests[index]
             while request is not None and request.name == unit:
                 output = self._held.pop(index) if index in self._held else _compute(request)
                 tokens += _tokens(request)
@@ -93,7 +108,13 @@ class Boundary:
         """The outputs that are held, by the number of the sample. Not to be changed: forwards go on with them."""
         return self._held
 
-    def measure_unit(self, unit: str, after_sample: Callable[[], None] = lambda: None, hold: bool = False) -> int:
+    def measure_unit(
+        self,
+        unit: str,
+        after_sample: Callable[[], None] = lambda: None,
+        hold: bool = False,
+        among: Sequence[int] | None = None,
+    ) -> int:
         """Compute the unit on every sample that waits there, and leave them there.
 
         A sample that would enter the unit again, with a video behind an image, shows its first entrance only.
@@ -102,11 +123,14 @@ class Boundary:
             unit: name of the unit; the units before it have been run.
             after_sample: called when a sample has passed the unit.
             hold: True to keep the outputs: ``run_unit`` goes on with them, whatever the unit has become by then.
+            among: numbers of the samples that count; None for all.
 
         Returns:
             How many tokens passed.
         """
         waiting = self.waiting(unit)
+        if among is not None:
+            waiting = {index: waiting[index] for index in among if index in waiting}
         for index, request in waiting.items():
             output = _compute(request)
             if hold:
@@ -136,6 +160,9 @@ class Boundary:
                 request = self._arrive(self._forwards[index].send(_compute(request)), unit)
         except StopIteration as end:
             return end.value
+
+    def _numbers(self, among: Sequence[int] | None) -> Sequence[int]:
+        return range(len(self._forwards)) if among is None else among
 
     def _arrive(self, request: ProcessRequest, behind: str) -> ProcessRequest:
         """Check that a forward that has passed one unit did not arrive at one that lies before it."""

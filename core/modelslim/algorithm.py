@@ -110,6 +110,8 @@ class Algorithm(Processor, ABC):
         replays: True when ``apply`` runs the unit on its calibration inputs itself, as a trained
             rounding does; gradients are off around it, so it turns them on where it wants them. A module that
             it lets stand in for a linear gets ``carry_input_multiplier``.
+        separable: True when ``apply`` may be called with some of the specs, all linears of one input together, and
+            answers for these as it would for all: ranks that share a run then share the work. Others do it all.
         samples: how many calibration samples it wants at most, evenly spread; None for all. A run takes
             as many as its algorithms want that calibrate.
         fallback: what becomes of its linears where the result is bad; None keeps them.
@@ -125,6 +127,7 @@ class Algorithm(Processor, ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     takes_experts: ClassVar[bool] = False
     takes_caches: ClassVar[bool] = False
+    separable: ClassVar[bool] = False
 
     @classmethod
     def expand(cls, config: Mapping[str, Any]) -> Sequence[Entry]:

@@ -34,17 +34,16 @@ from modelslim.plan_topology import (
     find_topology,
     with_subgraphs,
 )
-from modelslim.protocol.document import Document, shorten
+from modelslim.protocol.document import Document
 from modelslim.protocol.model import Protocol
 from modelslim.protocol.validate import check_document, read_protocol
 from modelslim.registry import Registry
+from modelslim.runners.choice import choose_runner
 from modelslim.sampling import choose_samples
 from modelslim.saver import PlannedModel, Saver
 from modelslim.session import Session
 from modelslim.types import Problem, QuantSpec, Topology
 from modelslim.vlm_dataset import read_vlm_samples
-
-DEFAULT_RUNNER = "layer_wise"
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class Plan:
         dataset: the file or directory that they come from.
         device: torch device of the computation.
         runner: name of the runner.
+        runner_why: why that one, in a few words.
         registry: the installed plugins.
         topology: what smoothing may rescale; None when no algorithm asks.
         rescaled: full names of the parameters that smoothing changes.
@@ -88,6 +88,7 @@ class Plan:
     dataset: Path | None
     device: str
     runner: str
+    runner_why: str
     registry: Registry
     topology: Topology | None
     rescaled: frozenset[str]
@@ -157,6 +158,7 @@ def make_plan(
     trust_remote_code: bool = False,
     engine: str | None = None,
     tp: int = 1,
+    ranks: int = 1,
     observers: Sequence[tuple[str, object]] = (),
     document: Document | None = None,
 ) -> Plan:
@@ -171,6 +173,7 @@ def make_plan(
         engine: refuse what this engine does not load, such as ``vllm-ascend`` or ``vllm-0.32``; None to be warned
             of what the engine that the format is for does not load.
         tp: the engine's degree of tensor parallelism.
+        ranks: how many processes share the run, each with a device of its own.
         observers: further plugins of this run, by name.
         document: the protocol, when it is part of another file, which ``config_path`` then is; None to read it.
 
@@ -255,7 +258,8 @@ def make_plan(
         samples, remarks = _read(dataset, protocol)
         samples = _wanted(samples, steps, info, model)
         unproven = prove_forward(session, model, checkpoint, kind, name, trust_remote_code, registry) if samples else []
-    runner, about_runner = _runner(protocol)
+    runner = choose_runner(protocol, ranks, registry)
+    diagnostics += runner.refusals
     if diagnostics:
         raise _refusal(config_path, diagnostics)
     return Plan(
@@ -272,7 +276,8 @@ def make_plan(
         samples=samples,
         dataset=dataset,
         device=resolved,
-        runner=runner,
+        runner=runner.name,
+        runner_why=runner.why,
         registry=registry,
         topology=topology,
         rescaled=rescaled,
@@ -280,7 +285,7 @@ def make_plan(
         target=target,
         warnings=[
             *([remark] if remark else []),
-            *about_runner,
+            *runner.warnings,
             *remarks,
             *unproven,
             *checks.warnings,
@@ -315,16 +320,6 @@ def _wanted(samples: Sequence[Any], steps: Sequence[Step], info: ModelInfo, mode
     limits = [step.algorithm.samples for step in steps if needs_calibration([step], info, model)]
     most = max((len(samples) if limit is None else limit for limit in limits), default=0)
     return choose_samples(samples, most)
-
-
-def _runner(protocol: Protocol) -> tuple[str, list[str]]:
-    """Name of the runner, and what the user should know about it."""
-    if protocol.runner in ("auto", DEFAULT_RUNNER):
-        return DEFAULT_RUNNER, []
-    if not protocol.is_multimodal:
-        return protocol.runner, []
-    message = f"{shorten(protocol.runner)!r} becomes {DEFAULT_RUNNER}, the only runner of {protocol.apiversion}"
-    return DEFAULT_RUNNER, [str(protocol.document.diagnostic(message, ("spec", "runner")))]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modelslim.activations import Boundary
 from modelslim.adapters import choose_adapter, open_session
+from modelslim.batches import batched
 from modelslim.checkpoint import Checkpoint
 from modelslim.dataset import find_dataset, read_samples
 from modelslim.devices import resolve_device, synchronize, work_alone
@@ -93,17 +94,24 @@ class FloatModel:
     def __exit__(self, *_: object) -> None:
         self.checkpoint.__exit__(*_)
 
-    def inputs(self, samples: Sequence[Any]) -> Sequence[Any]:
-        """Calibration samples as model inputs; the forward is proven first, as for ``quant``."""
+    def inputs(self, samples: Sequence[Any], *, together: bool = True) -> Sequence[Any]:
+        """Calibration samples as model inputs; the forward is proven first, as for ``quant``.
+
+        Args:
+            samples: the samples.
+            together: True to let texts of equal length pass as one input.
+        """
         self.warnings += self._proof()
         self._loader.fill_on_demand(self.info.units)
         if self.session.has("enable_kv_cache"):
             self.session.enable_kv_cache(self.model, False)
-        return self.session.handle_dataset(samples, self.device)
+        inputs = self.session.handle_dataset(samples, self.device)
+        return batched(inputs) if together else inputs
 
     def start(self, inputs: Sequence[Any]) -> Boundary:
         """Let every input run to its first unit; what was filled for it is emptied again."""
         boundary = Boundary(self.session, self.model, inputs, list(self.info.units))
+        boundary.start()
         self._loader.release_filled()
         return boundary
 

@@ -95,7 +95,7 @@ def follow_variants(
     effects: dict[Hashable, Effect] = {}
     alive: dict[Hashable, list[_Forward]] = {}
     with torch.no_grad():
-        inputs = model.inputs(samples)
+        inputs = model.inputs(samples, together=False)  # the logits of one input are in memory at once
         walk = _Walk(model, inputs)
         try:
             for unit in model.each_unit():

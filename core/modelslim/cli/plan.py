@@ -9,13 +9,14 @@ import click
 
 from modelslim.cli.options import (
     config_path_option,
-    device_option,
+    devices_option,
     engine_option,
     json_option,
     model_path_option,
     model_type_option,
     tp_option,
     trust_remote_code_option,
+    workers_option,
 )
 from modelslim.cli.output import Output, pass_output
 
@@ -23,7 +24,8 @@ from modelslim.cli.output import Output, pass_output
 @click.command()
 @model_path_option
 @config_path_option
-@device_option
+@devices_option
+@workers_option
 @model_type_option
 @engine_option
 @tp_option
@@ -35,6 +37,7 @@ def command(
     model_path: Path,
     config_path: Path,
     device: str | None,
+    workers: int | None,
     model_type: str | None,
     engine: str | None,
     tp: int,
@@ -44,16 +47,18 @@ def command(
 
     Reads config.json, the headers of the weight files and the calibration data; no weight.
     """
-    from modelslim.devices import prepare_threads
+    from modelslim.devices import prepare_threads, resolve_devices
 
     prepare_threads()
     from modelslim.plan import make_plan
     from modelslim.plan_table import as_data, rows
 
+    devices = resolve_devices(device, workers)
     plan = make_plan(
         model_path,
         config_path,
-        device=device,
+        device=devices[0],
+        ranks=len(devices),
         model_type=model_type,
         trust_remote_code=trust_remote_code,
         engine=engine,
@@ -95,8 +100,8 @@ def command(
         [
             ("size", f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB"),
             ("calibration", calibration),
-            ("device", plan.device),
-            ("runner", plan.runner),
+            ("device", ", ".join(dict.fromkeys(devices))),
+            ("runner", f"{plan.runner}: {plan.runner_why}"),
             ("adapter", plan.adapter),
             ("engine", data["engine"] or "not known"),
         ],
