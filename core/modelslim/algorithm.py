@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from modelslim.ranks import ALONE, Ranks
 from modelslim.types import CacheInfo, LinearInfo, Problem, ProcessRequest, QuantSpec, Subgraph, TensorSpec
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Unit:
         targets: what the unit returns for each of these calls in the float model, whose earlier units
             are float too; so they differ from the output on ``calls`` when those carry the errors of
             earlier units. Must not be changed.
+        ranks: the processes that share the run. All of them call ``apply`` with the same values, so that an
+            algorithm may divide its work among them and gather what they found; none of them may leave out a
+            ``gather``. Most algorithms have no use for it.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Unit:
     calls: Sequence[ProcessRequest] = ()
     targets: Sequence[Any] = ()
     caches: Mapping[str, TensorSpec] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)

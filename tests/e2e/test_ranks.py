@@ -71,8 +71,9 @@ def same(folder: Path, other: Path, snapshot: Snapshot) -> bool:
         ([FLEX, HISTOGRAM, HEAD, CACHE], "  propagation: quantized\n", 3),
         ([GPTQ], "", 2),
         ([AUTOROUND], "", 2),
+        ([FLEX, AUTOROUND.replace("iters: 2", "iters: 2, batch_size: 3")], "", 3),
     ],
-    ids=["smooth, static", "flex, histogram, head, cache", "gptq", "autoround"],
+    ids=["smooth, static", "flex, histogram, head, cache", "gptq", "autoround", "autoround in batches"],
 )
 def test_the_number_of_ranks_changes_no_byte(
     entries: list[str],

@@ -67,7 +67,7 @@ class UnitWork:
         self._unit = unit
         self._ranks = ranks
         self._claimed = plan.claimed(unit)
-        self._views: list[View] = [(step, step.unit(unit, model)) for step in plan.steps]
+        self._views: list[View] = [(step, replace(step.unit(unit, model), ranks=ranks)) for step in plan.steps]
         self._passes = list(_passes(self._views))
         self._replays = any(step.replays(view) for step, view in self._views)
 
