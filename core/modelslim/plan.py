@@ -36,8 +36,9 @@ from modelslim.plan_topology import (
     find_topology,
     with_subgraphs,
 )
+from modelslim.protocol.document import Document
 from modelslim.protocol.model import Protocol
-from modelslim.protocol.validate import read_protocol
+from modelslim.protocol.validate import check_document, read_protocol
 from modelslim.registry import Registry
 from modelslim.runners.choice import choose_runner
 from modelslim.sampling import choose_samples
@@ -203,6 +204,7 @@ def make_plan(
     practice: Choice | None = None,
     ranks: int = 1,
     observers: Sequence[tuple[str, object]] = (),
+    document: Document | None = None,
 ) -> Plan:
     """Resolve a run and refuse what cannot work, all mistakes of the protocol at once.
 
@@ -220,6 +222,7 @@ def make_plan(
         practice: how the protocol was chosen, for the report; None when the user named it.
         ranks: how many processes share the run, each with a device of its own.
         observers: further plugins of this run, by name.
+        document: the protocol, when it is part of another file, which ``config_path`` then is; None to read it.
 
     Raises:
         ProtocolError, PluginError, CapabilityError, ModelError, DatasetError, UsageError: before
@@ -227,7 +230,10 @@ def make_plan(
     """
     start = time.perf_counter()
     registry = Registry.scan()
-    protocol, diagnostics = read_protocol(config_path, registry)
+    if document is None:
+        protocol, diagnostics = read_protocol(config_path, registry)
+    else:
+        protocol, diagnostics = check_document(document, registry)
     if protocol is None:
         raise _refusal(config_path, diagnostics)
     with _together_with(diagnostics):

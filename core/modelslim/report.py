@@ -47,9 +47,9 @@ def journal_header(plan: Plan) -> dict[str, Any]:
     ]
     return {
         "journal": VERSION,
-        "source": _digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]),
-        "protocol": _digest(plan.protocol.document.value),
-        "dataset": _digest([[content(sample) for sample in stage.samples] for stage in plan.stages]),
+        "source": digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]),
+        "protocol": digest(plan.protocol.document.value),
+        "dataset": digest([[content(sample) for sample in stage.samples] for stage in plan.stages]),
         "calib_length": plan.calib_length,
         "adapter": plan.adapter,
         "device": plan.device,
@@ -162,5 +162,6 @@ def peak_memory() -> int | None:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """SHA-256 of JSON values, whatever the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

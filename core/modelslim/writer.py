@@ -286,7 +286,7 @@ class OutputDirectory:
         try:
             with explained(self.path):
                 self._journal = (self.path / JOURNAL).open("a", encoding="utf-8")
-                _lock(self._journal)
+                lock(self._journal)
             self.journal(self._header)
         except BaseException:
             self._close()
@@ -302,7 +302,7 @@ class OutputDirectory:
         try:
             with explained(self.path):
                 self._journal = file.open("a", encoding="utf-8")
-                if not _lock(self._journal):
+                if not lock(self._journal):
                     raise _in_use(self.path)
                 rest = read_rest(file)
                 if rest is not None:
@@ -456,7 +456,7 @@ def _write_all(stream: IO[bytes], piece: memoryview) -> None:
         piece = piece[stream.write(piece) :]
 
 
-def _lock(stream: IO[str]) -> bool:
+def lock(stream: IO[str]) -> bool:
     """Lock an open file until it is closed, or its process dies; False when another process holds it."""
     if fcntl is None:
         return True
@@ -471,7 +471,7 @@ def _is_locked(file: Path) -> bool:
     if not file.exists():
         return False
     with file.open(encoding="utf-8") as stream:  # to look is no reason to write
-        return not _lock(stream)
+        return not lock(stream)
 
 
 def sync(path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
@@ -31,6 +32,9 @@ OPTIONS = {
     "practices": "practices json",
     "verify": "float engine tp trust_remote_code json",
     "convert": "save_path to part_file_size round_scales engine tp trust_remote_code verify json quiet",
+    "analyze": "model_path model_type device calib_dataset metrics topk pattern quant_modules csv plot "
+    "trust_remote_code json quiet",
+    "tune": "model_path save_path config device timeout model_type trust_remote_code restart json quiet",
     "inspect": "json",
     "report": "output json",
     "eval": "float text window max_tokens dtype device trust_remote_code json",
@@ -367,6 +371,100 @@ def test_eval_gives_people_and_programs_the_same_numbers(
         "same next token": f"{numbers['top1_agreement']:.1%}",
         "tokens": str(numbers["tokens"]),
     }
+
+
+def test_analyze_gives_people_programs_and_files_the_same_ranking(
+    here: Program, tiny_llama: Path, calibration_file: Path, tmp_path: Path
+) -> None:
+    words = ["analyze", "linear", "--model_path", tiny_llama, "--calib_dataset", calibration_file, "--device", "cpu"]
+    data = document(here(*words, "--json", "--topk", "2", "--csv", tmp_path / "s.csv", "--plot", tmp_path / "s.png"))
+    assert (data["scope"], data["metric"], data["samples"]) == ("linear", "kurtosis", 6)
+    lines = (tmp_path / "s.csv").read_text().splitlines()
+    assert lines[0] == "rank,name,score"
+    assert lines[1:] == [f"{one['rank']},{one['name']},{one['score']}" for one in data["scores"]]
+    assert len(lines) == 1 + 21
+    from PIL import Image
+
+    with Image.open(tmp_path / "s.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+    people = here(*words, "--topk", "2")
+    assert people.returncode == 0
+    shown = people.stdout.splitlines()
+    worst = [one for one in data["scores"] if one["rank"] <= 2]
+    assert [line.split()[1] for line in shown[2 : 2 + len(worst)]] == [one["name"] for one in worst]
+    assert shown[shown.index("exclude:") + 1 :] == [f'  - "{one}"' for one in data["exclude"]]
+
+
+def test_the_exclude_list_of_analyze_can_be_pasted_into_a_protocol(
+    here: Program, quant: Program, tiny_llama: Path, calibration_file: Path, w8a16: str
+) -> None:
+    words = ["--model_path", tiny_llama, "--calib_dataset", calibration_file, "--device", "cpu", "--topk", "3"]
+    people = here("analyze", "linear", *words)
+    pasted = people.stdout[people.stdout.index("exclude:") :]
+    text = w8a16.replace('      include: ["*"]\n', '      include: ["*"]\n' + indent(pasted, "      "))
+    report = document(quant(text, "--json"))
+    excluded = [
+        one["name"] for one in document(here("analyze", "linear", *words, "--json"))["scores"] if one["rank"] <= 3
+    ]
+    assert report["schemes"] == {"W8A16": 21 - len(excluded)}
+
+
+def test_analyze_refuses_what_it_cannot_do_before_it_measures(here: Program, tiny_llama: Path, tmp_path: Path) -> None:
+    words = ["--model_path", tiny_llama, "--device", "cpu"]
+    done = here("analyze", "layer", *words, "--metrics", "kurtosis")
+    assert done.returncode == 2 and "the scope layer has no metric 'kurtosis'" in done.stderr
+    done = here("analyze", "layer", *words, "--plot", tmp_path / "plot.gif")
+    assert done.returncode == 2 and "unknown kind of file" in done.stderr
+    done = here("analyze", "linear", *words, "--csv", tmp_path / "none" / "s.csv")
+    assert done.returncode == 2 and "there is no directory" in done.stderr
+
+
+def test_tune_gives_people_and_programs_the_trials_and_goes_on_where_it_ended(
+    here: Program, tiny_llama: Path, calibration_file: Path, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"""\
+strategy:
+  type: budget
+  bits_per_weight: 6
+  sensitivity: output_error
+  samples: 2
+  options:
+    - {{type: linear_quant, qconfig: {{weight: {{dtype: int4}}}}}}
+    - {{type: linear_quant, qconfig: {{weight: {{dtype: int8}}}}}}
+  template:
+    apiversion: modelslim_v1
+    spec:
+      save: [{{type: compressed_tensors_saver}}]
+      dataset: {calibration_file}
+evaluation: {{type: in_process, max_tokens: 128}}
+"""
+    )
+    words = ["--model_path", tiny_llama, "--config", plan, "--device", "cpu", "--timeout", "1H"]
+    data = document(here("tune", *words, "--save_path", tmp_path / "out", "--json"))
+    assert data == json.loads((tmp_path / "out" / "tune.json").read_text())
+    assert (data["best"], data["ended"], len(data["trials"])) == (1, "the strategy is done", 1)
+    shutil.rmtree(tmp_path / "out")
+    people = here("tune", *words, "--save-path", tmp_path / "out")
+    assert people.returncode == 0
+    assert f"continuing {tmp_path / 'out.tune'}: 1 trials are done" in people.stderr
+    rows = people.stdout.splitlines()
+    assert rows[0].split() == ["trial", "kl", "passes", "MB"]
+    assert rows[1].split()[:4] == ["1", "*", f"{data['score']:.6g}", "yes"]
+    again = here("tune", *words, "--save_path", tmp_path / "out")
+    assert again.returncode == 2 and "is not empty" in again.stderr
+    bad = here("tune", *words[:-1], "soon", "--save_path", tmp_path / "other")
+    assert bad.returncode == 2 and "--timeout 'soon' is no time" in bad.stderr
+
+
+def test_tune_tells_a_mistake_with_its_line(here: Program, tiny_llama: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("strategy:\n  type: binary_falback\nevaluation: {type: command}\n")
+    done = here("tune", "--model_path", tiny_llama, "--save_path", tmp_path / "out", "--config", plan)
+    assert done.returncode == 2
+    assert f"{plan}:2:9: strategy.type: must be" in done.stderr and "did you mean 'binary_fallback'?" in done.stderr
+    assert f"{plan}:3:1: evaluation.command: missing key 'command'" in done.stderr
 
 
 def test_a_model_has_no_distance_to_itself_where_nothing_is_rounded(

@@ -24,6 +24,8 @@ COMMANDS: Mapping[str, str] = {
     "practices": "List the recipes, and say which one a request gets.",
     "verify": "Check a quantized model, file by file and number by number.",
     "convert": "Convert a quantized model into another format, without loss.",
+    "analyze": "Find out what of a model suffers most from quantization.",
+    "tune": "Search for a protocol, and quantize with it.",
     "inspect": "Show scales, ranges and decisions that quant --debug kept.",
     "report": "Make report.html anew from report.json.",
     "eval": "Measure a quantized model against its float model.",

@@ -58,6 +58,12 @@ class Explainer:
         self.resolver = Resources().with_resource("", DRAFT7.create_resource(schema)).resolver()
         self.name_hint = name_hint
 
+    @property
+    def _settings(self) -> Mapping[Any, Any]:
+        """What ``spec`` of a protocol declares; nothing in a document that has no such key."""
+        declared: Mapping[Any, Any] = self.schema["properties"].get("spec", {}).get("properties", {})
+        return declared
+
     def explain(self, error: ValidationError) -> Iterator[Diagnostic]:
         """The diagnostics of one error; several for unknown or missing keys."""
         path: Steps = tuple(error.absolute_path)
@@ -74,7 +80,7 @@ class Explainer:
             if isinstance(schema, Mapping) and isinstance(schema.get("errorMessage"), str):
                 message, hint = schema["errorMessage"], ""
             if error.validator == "minItems" and path:
-                hint = self._choices(self.schema["properties"]["spec"]["properties"].get(path[-1], {})) or hint
+                hint = self._choices(self._settings.get(path[-1], {})) or hint
             yield self.document.diagnostic(message, path, hint=hint)
 
     def unknown_key(self, path: Steps, key: str, properties: Iterable[str]) -> Diagnostic:

@@ -70,7 +70,7 @@ def check_document(document: Document, registry: Registry) -> tuple[Protocol | N
     explainer = Explainer(document, schema, lambda title, name: _name_hint(registry, title, name))
     found: list[Diagnostic] = []
     wrong: set[Steps] = set()
-    for error in _errors(schema, document.value):
+    for error in schema_errors(schema, document.value):
         path = tuple(error.absolute_path)
         wrong.update(path[:length] for length in range(1, len(path) + 1))
         found += explainer.explain(error)
@@ -121,7 +121,7 @@ def _named_types(value: Any) -> set[str]:
     return names
 
 
-def _errors(schema: Mapping[str, Any], value: Any) -> Iterator[Any]:
+def schema_errors(schema: Mapping[str, Any], value: Any) -> Iterator[Any]:
     """jsonschema's errors; of a value of the wrong type only that it is."""
     import referencing
     from jsonschema import Draft7Validator, validators

@@ -36,7 +36,7 @@ from modelslim_transformers.placement import state_device
 from modelslim_transformers.processor import load_processor
 from modelslim_transformers.sources import weight_sources
 from modelslim_transformers.structure import language_layers, towers
-from modelslim_transformers.tiny import write_tiny_checkpoint
+from modelslim_transformers.tiny import fill_raw_parameters, write_tiny_checkpoint
 from modelslim_transformers.topology import Block, blocks, derive
 from modelslim_transformers.topology_proof import TinyModel, reproducible
 
@@ -292,6 +292,7 @@ class TransformersAdapter:
             twin = type(self)(self.model_type, path, self.trust_remote_code)
             tiny = twin.build().float().eval()
             fuse_experts(tiny)
+            fill_raw_parameters(tiny)
             yield twin, tiny, inputs
 
     def _blocks(self, model: nn.Module) -> list[Block]:

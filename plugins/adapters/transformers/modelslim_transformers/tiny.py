@@ -50,6 +50,7 @@ def write_tiny_checkpoint(
     if parameters > MOST_PARAMETERS:
         raise CapabilityError(f"a tiny model of its architecture has still {parameters:,} parameters")
     model = build(path)
+    fill_raw_parameters(model)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
             # Fresh norms are ones and fresh biases zeros, which would hide a mistake.
@@ -57,6 +58,18 @@ def write_tiny_checkpoint(
     with _no_progress_bar():
         model.save_pretrained(path)
     return make_inputs(model)
+
+
+def fill_raw_parameters(model: nn.Module) -> None:
+    """Give numbers to the matrices that a model makes itself, such as stacked experts, and leaves to its checkpoint.
+
+    They hold what lay in memory before, which may be NaN.
+    """
+    for module in model.modules():
+        if not hasattr(module, "reset_parameters"):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() > 1 and not parameter.is_meta:
+                    nn.init.normal_(parameter, std=0.1)
 
 
 @contextmanager

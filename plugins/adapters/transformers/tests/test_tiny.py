@@ -202,3 +202,16 @@ def test_texts_come_with_a_mask_and_hold_no_special_token(write: Any, tmp_path: 
     for sample in inputs:
         assert sample["attention_mask"].all()
         assert not {3, 5, 127} & set(sample["input_ids"].flatten().tolist())
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "qwen3_vl_moe"])
+def test_no_weight_of_a_tiny_model_is_what_lay_in_memory_before(model_type: str, write: Any) -> None:
+    adapter = TransformersAdapter(model_type, write(model_type), False)
+    model = adapter.init_model("meta")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills new memory with NaN
+    try:
+        with adapter._twin(model) as (_, tiny, _inputs):
+            wild = [name for name, one in tiny.named_parameters() if not bool((one.abs() < 100).all())]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert wild == []
