@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -23,6 +23,7 @@ from modelslim.errors import DatasetError, Diagnostic, ModelSlimError, ProtocolE
 from modelslim.guard import prove_forward
 from modelslim.kv_cache import attentions, open_places
 from modelslim.loader import Loader
+from modelslim.memory import Budget, parse_budget
 from modelslim.model_info import ModelInfo, describe, other_matrices
 from modelslim.plan_caches import cache_specs, check_stored, with_caches, with_held_cache_scales
 from modelslim.plan_checks import Checks, Step, with_scale_dtypes
@@ -41,8 +42,12 @@ from modelslim.registry import Registry
 from modelslim.sampling import choose_samples
 from modelslim.saver import PlannedModel, Saver
 from modelslim.session import Session
+from modelslim.token_lengths import token_lengths
 from modelslim.types import Problem, QuantSpec, Topology
 from modelslim.vlm_dataset import read_vlm_samples
+
+if TYPE_CHECKING:
+    from modelslim.plan_costs import Costs
 
 DEFAULT_RUNNER = "layer_wise"
 
@@ -72,6 +77,8 @@ class Plan:
         added: full names of the biases that smoothing adds to modules without one.
         target: the engine that the result is checked for; None when no contract of it is known.
         warnings: what the user should know and what does not stop the run.
+        lengths: tokens of each sample.
+        budget: what the run may hold in memory.
     """
 
     protocol: Protocol
@@ -94,6 +101,19 @@ class Plan:
     added: frozenset[str]
     target: Target | None
     warnings: Sequence[str]
+    lengths: Sequence[int]
+    budget: Budget
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What the run is expected to hold and to take, and how it keeps to the budget.
+
+        Raises:
+            UsageError: the budget is too small.
+        """
+        from modelslim.plan_costs import find_costs  # which needs plans itself
+
+        return find_costs(self)
 
     @property
     def specs(self) -> Mapping[str, QuantSpec]:
@@ -157,6 +177,7 @@ def make_plan(
     trust_remote_code: bool = False,
     engine: str | None = None,
     tp: int = 1,
+    max_memory: str | None = None,
     observers: Sequence[tuple[str, object]] = (),
 ) -> Plan:
     """Resolve a run and refuse what cannot work, all mistakes of the protocol at once.
@@ -170,6 +191,8 @@ def make_plan(
         engine: refuse what this engine does not load, such as ``vllm-ascend`` or ``vllm-0.32``; None to be warned
             of what the engine that the format is for does not load.
         tp: the engine's degree of tensor parallelism.
+        max_memory: what the run may hold beyond what the process holds by then, as in ``24GiB,cuda:0=60GiB``; None
+            for no limit but what is free on an accelerator.
         observers: further plugins of this run, by name.
 
     Raises:
@@ -181,6 +204,7 @@ def make_plan(
     if protocol is None:
         raise _refusal(config_path, diagnostics)
     with _together_with(diagnostics):
+        budget = parse_budget(max_memory)
         resolved = resolve_device(device)
         checkpoint = Checkpoint(model_path)
         kind, name, remark = choose_adapter(checkpoint.config, model_type, registry)
@@ -249,11 +273,12 @@ def make_plan(
     with _together_with(diagnostics):
         samples, remarks = _read(dataset, protocol)
         samples = _wanted(samples, steps, info, model)
+        lengths = token_lengths(session, samples)
         unproven = prove_forward(session, model, checkpoint, kind, name, trust_remote_code, registry) if samples else []
     runner, about_runner = _runner(protocol)
     if diagnostics:
         raise _refusal(config_path, diagnostics)
-    return Plan(
+    plan = Plan(
         protocol=protocol,
         checkpoint=checkpoint,
         session=session,
@@ -281,7 +306,11 @@ def make_plan(
             *checks.warnings,
             *_left_float(info, model),
         ],
+        lengths=lengths,
+        budget=budget,
     )
+    _ = plan.costs  # refuses a budget that is too small
+    return plan
 
 
 def _find_dataset(protocol: Protocol, checks: Checks, registry: Registry, base: Path, calibrate: bool) -> Path | None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from modelslim.errors import Diagnostic, VerificationError
 from modelslim.journal import FAULTY
+from modelslim.memory import Meter
 from modelslim.plan import Plan, make_plan
-from modelslim.report import REPORT, journal_header, make_report
+from modelslim.report import REPORT, journal_header, make_report, memory_record
 from modelslim.result import ResultWriter
 from modelslim.verify import verify_run
 from modelslim.writer import OutputDirectory, check_save_path, check_space, write_json
@@ -27,6 +28,7 @@ def quantize(
     trust_remote_code: bool = False,
     engine: str | None = None,
     tp: int = 1,
+    max_memory: str | None = None,
     check: bool = True,
     restart: bool = False,
     observers: Sequence[tuple[str, object]] = (),
@@ -42,6 +44,7 @@ def quantize(
         trust_remote_code: allow code of the checkpoint to run.
         engine: refuse what this engine does not load; see ``make_plan``.
         tp: the engine's degree of tensor parallelism.
+        max_memory: what the run may hold; see ``make_plan``.
         check: verify the result before it gets its name.
         restart: begin anew what an interrupted run left in ``<save_path>.partial``; False to continue it.
         observers: further plugins of this run, by name.
@@ -63,6 +66,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
         engine=engine,
         tp=tp,
+        max_memory=max_memory,
         observers=observers,
     )
     return run_plan(plan, save_path, check=check, restart=restart)
@@ -86,7 +90,10 @@ def run_plan(
         say: called with what the user should know of an interrupted run that is continued.
     """
     check_save_path(save_path, plan.checkpoint.path)
-    check_space(save_path, sum(plan.result_sizes().values()))
+    in_file = plan.costs.job.activation_bytes if plan.costs.layout.activations == "file" else 0
+    check_space(save_path, sum(plan.result_sizes().values()) + in_file)
+    meter = Meter(plan.device)
+    meter.start()
     runner = plan.registry.load("runners", plan.runner)()
     output = OutputDirectory(save_path, journal_header(plan), resume=not restart)
     with _telling_of_rest(output, say), plan.checkpoint, output:
@@ -96,11 +103,12 @@ def run_plan(
         with ResultWriter(plan, output) as writer:
             units = runner.run(plan, writer)
             records = writer.finish()
-        report = {**make_report(plan, save_path, units, records), "verified": False}
+        report = {**make_report(plan, save_path, units, records, meter), "verified": False}
         write_json(output.path / REPORT, report)
         if check:
             _verify(plan, output, units)
             report["verified"] = True
+            report["memory"] = memory_record(plan, meter)
             write_json(output.path / REPORT, report)
         output.commit()
     plan.session.run_finished(report)

@@ -23,8 +23,9 @@ WriteProtocol = Callable[[str], Path]
 
 GOOD = sorted((Path(__file__).parents[1] / "protocol" / "good").glob("*.yaml"))
 OPTIONS = {
-    "quant": "model_path save_path config_path device model_type engine tp trust_remote_code restart verify json quiet",
-    "plan": "model_path config_path device model_type engine tp trust_remote_code json",
+    "quant": "model_path save_path config_path device model_type engine tp max_memory trust_remote_code restart verify "
+    "json quiet",
+    "plan": "model_path config_path device model_type engine tp max_memory trust_remote_code json",
     "verify": "float engine tp trust_remote_code json",
     "convert": "save_path to part_file_size round_scales engine tp trust_remote_code verify json quiet",
     "eval": "float text window max_tokens dtype device trust_remote_code json",

@@ -61,6 +61,13 @@ device_option = option(
     "--device", default=None, help="cpu, cuda, cuda:1, npu or npu:1.  [default: the best that is there]"
 )
 
+max_memory_option = option(
+    "--max_memory",
+    default=None,
+    help="What the run may hold beyond the program itself: 24GiB, and of accelerators 24GiB,cuda:0=60GiB.  [default: "
+    "no limit, and what is free on an accelerator]",
+)
+
 model_type_option = option(
     "--model_type",
     default=None,

@@ -12,6 +12,7 @@ from modelslim.cli.options import (
     device_option,
     engine_option,
     json_option,
+    max_memory_option,
     model_path_option,
     model_type_option,
     tp_option,
@@ -27,6 +28,7 @@ from modelslim.cli.output import Output, pass_output
 @model_type_option
 @engine_option
 @tp_option
+@max_memory_option
 @trust_remote_code_option
 @json_option
 @pass_output
@@ -38,6 +40,7 @@ def command(
     model_type: str | None,
     engine: str | None,
     tp: int,
+    max_memory: str | None,
     trust_remote_code: bool,
 ) -> None:
     """Show what quant would do, and refuse what it could not.
@@ -47,8 +50,9 @@ def command(
     from modelslim.devices import prepare_threads
 
     prepare_threads()
+    from modelslim.memory import peaks_in_words
     from modelslim.plan import make_plan
-    from modelslim.plan_table import as_data, rows
+    from modelslim.plan_table import as_data, in_time, phase_rows, rows
 
     plan = make_plan(
         model_path,
@@ -58,6 +62,7 @@ def command(
         trust_remote_code=trust_remote_code,
         engine=engine,
         tp=tp,
+        max_memory=max_memory,
     )
     for warning in plan.warnings:
         output.warn(warning)
@@ -91,10 +96,18 @@ def command(
         )
     output.table(
         "",
+        ["phase", "memory", "of which", "device", "time", "read", "written"],
+        phase_rows(plan.costs),
+    )
+    output.table(
+        "",
         ["", ""],
         [
             ("size", f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB"),
             ("calibration", calibration),
+            ("time", f"about {in_time(plan.costs.seconds)}, as estimated for {plan.costs.machine.name}"),
+            ("peak memory", f"about {peaks_in_words(plan.costs.peaks)}, beyond the program itself"),
+            ("residency", plan.costs.residency),
             ("device", plan.device),
             ("runner", plan.runner),
             ("adapter", plan.adapter),

@@ -18,6 +18,7 @@ from modelslim.cli.options import (
     device_option,
     engine_option,
     json_option,
+    max_memory_option,
     model_path_option,
     model_type_option,
     quiet_option,
@@ -38,6 +39,7 @@ from modelslim.cli.output import Output, pass_output
 @model_type_option
 @engine_option
 @tp_option
+@max_memory_option
 @trust_remote_code_option
 @verify_option
 @restart_option
@@ -53,6 +55,7 @@ def command(
     model_type: str | None,
     engine: str | None,
     tp: int,
+    max_memory: str | None,
     trust_remote_code: bool,
     check: bool,
     restart: bool,
@@ -104,10 +107,13 @@ def command(
             trust_remote_code=trust_remote_code,
             engine=engine,
             tp=tp,
+            max_memory=max_memory,
             observers=observers,
         )
         for warning in plan.warnings:
             output.warn(warning)
+        if max_memory is not None:
+            output.note(plan.costs.residency)
         report = run_plan(plan, save_path, check=check, restart=restart, say=output.note)
     unseen = idle_experts(report)
     if unseen:
@@ -171,6 +177,8 @@ def idle_experts(report: Mapping[str, Any]) -> list[str]:
 
 def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The report in a few lines."""
+    from modelslim.memory import peaks_in_words
+
     before, after = report["bytes_before"], report["bytes_after"]
     schemes = ", ".join(f"{count} linears {scheme}" for scheme, count in report["schemes"].items())
     calibration = f"{report['samples']} samples of {Path(report['dataset']).name}" if report["samples"] else "none"
@@ -184,4 +192,7 @@ def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("fell back", fallen))
     if report["peak_memory_bytes"]:
         rows.append(("peak memory", f"{report['peak_memory_bytes'] / 1e6:,.0f} MB, imports included"))
+    if measured := report["memory"]["peak_bytes"]:
+        expected = peaks_in_words(report["memory"]["estimated_bytes"])
+        rows.append(("run alone", f"{peaks_in_words(measured)}; the estimate was {expected}"))
     return rows

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from modelslim.result import ResultWriter
 from modelslim.runners.finished import FinishedUnits
 from modelslim.runners.standing import in_place
 from modelslim.runners.work import Outcome, UnitWork
+from modelslim.spill import make_spill
 from modelslim.statistics import UnitStatistics
 
 OUTSIDE = ""
@@ -72,13 +74,16 @@ class Engine:
                 clock = _Clock(self._plan.device)
                 self._plan.session.unit_started(unit, index, self._total)
                 self._loader.install(ahead.result())
-                if index + 1 < len(self._units):
-                    ahead = reader.submit(self._loader.read, self._names(index + 1))
+                reading = partial(reader.submit, self._loader.read) if index + 1 < len(self._units) else None
+                ahead = reading(self._names(index + 1)) if reading and self._plan.costs.layout.ahead else None
                 clock.lap("read")
                 if boundary is not None and index < self._done:
                     self._pass_again(index, boundary, outside)
                 else:
                     self._unit(index, boundary, outside, clock)
+                if reading and ahead is None:
+                    self._writer.wait()
+                    ahead = reading(self._names(index + 1))
             if self._plan.claimed(OUTSIDE):
                 if len(self._units) < self._done:
                     self._skip(len(self._units))
@@ -96,10 +101,14 @@ class Engine:
         if plan.session.has("enable_kv_cache"):
             plan.session.enable_kv_cache(self._model, False)
         inputs = plan.session.handle_dataset(plan.samples, plan.device)
-        boundary = stack.enter_context(closing(Boundary(plan.session, self._model, inputs, self._units)))
+        spill = make_spill(plan.costs.layout, self._writer.path, self._model, inputs)
+        if spill is not None:
+            stack.enter_context(closing(spill))
+        first = Boundary(plan.session, self._model, inputs, self._units, spill=spill)
+        boundary = stack.enter_context(closing(first))
         outside.next_sample()
         if plan.propagates_quantized and plan.replays:
-            reference = Boundary(plan.session, self._model, inputs, self._units, outside.paused)
+            reference = Boundary(plan.session, self._model, inputs, self._units, outside.paused, spill)
             self._reference = stack.enter_context(closing(reference))
         # Every sample has passed the embeddings, which weigh as much as several units.
         self._loader.release_filled()

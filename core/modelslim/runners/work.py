@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -132,9 +132,12 @@ class UnitWork:
             if tokens:
                 borrowed = cover(ports, list(_needs(group)), self._plan.protocol.experts)
             statistics = ports.statistics()
-            calls = self._calls(boundary, reference or boundary) if replays else ((), ())
-            self._apply(group, statistics, outcome, calls, (self._sampled(ports), expected))
-            del calls
+            with ExitStack() as stack:
+                for one in {boundary, reference or boundary} if replays else ():
+                    stack.enter_context(one.awake())
+                calls = self._calls(boundary, reference or boundary) if replays else ((), ())
+                self._apply(group, statistics, outcome, calls, (self._sampled(ports), expected))
+                del calls
         qualities = judge(outcome.modules, statistics, expected)
         self._fall_back(qualities, statistics, expected, outcome)
         self._finish(outcome)
