@@ -17,7 +17,7 @@ STREAM_TENSORS = 2
 """Tensors of a sample's hidden size that wait with it: the call's own, and the embeddings that its forward holds."""
 SIDE_BYTES = 1024
 """Bytes of a token for all else that waits with it: rotary tables, positions, ids."""
-FIXED_BYTES = 150 << 20
+FIXED_BYTES = 96 << 20
 """Buffers of libraries and of the allocator, code that is imported late, threads."""
 CHUNK_BYTES = 64 << 20
 """What is copied, judged or verified goes in pieces of at most so many bytes."""
@@ -271,7 +271,8 @@ def _unit_memory(job: Job, index: int, layout: Layout) -> dict[str, int]:
         memory["statistics"] = unit.statistics_bytes
         # Libraries repack a weight to multiply by it.
         memory["forward"] = job.longest * unit.width * job.item_bytes * 2 + unit.largest * job.item_bytes
-    memory["rounding"] = 4 * (3 * unit.largest_gram + (2 * unit.largest if unit.largest_gram else 0)) + CHUNK_BYTES
+    memory["rounding"] = 4 * (3 * unit.largest_gram + (2 * unit.largest if unit.largest_gram else 0))
+    memory["rounding"] += min(CHUNK_BYTES, 4 * unit.largest)
     memory["fixed"] = FIXED_BYTES
     return memory
 
@@ -281,7 +282,7 @@ def _outside(job: Job, machine: Machine, layout: Layout) -> Phase:
     assert unit is not None
     seconds = unit.stored_bytes / machine.read + unit.values / machine.rounded + unit.result_bytes / machine.written
     memory = {"weights outside the units": unit.held_bytes, "codes": unit.values, "fixed": FIXED_BYTES}
-    memory["rounding"] = CHUNK_BYTES
+    memory["rounding"] = min(CHUNK_BYTES, 4 * unit.largest)
     passed = job.samples and unit.passes
     if passed:
         seconds += job.tokens * unit.macs / machine.macs

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +109,36 @@ class Meter:
         if highest is not None and self._before is not None:
             peaks["host"] = max(highest - self._before, 0)
         return dict(sorted(peaks.items(), reverse=True))
+
+
+class Trimmer:
+    """Has the C library give freed memory back, which it keeps in holes that grow while tensors come and go.
+
+    A call of it costs milliseconds, and so does touching the memory again; so it is made when a lot has come together.
+    """
+
+    def __init__(self, most: int = 32 << 20) -> None:
+        self._most = most
+        self._trim = _malloc_trim()
+        self._after: int | None = None
+
+    def look(self) -> None:
+        """Act where the process has grown since the last time."""
+        if self._trim is None:
+            return
+        now = resident_memory("VmRSS")
+        if now is not None and (self._after is None or now > self._after + self._most):
+            self._trim(0)
+            self._after = resident_memory("VmRSS")
+
+
+def _malloc_trim() -> Callable[[int], int] | None:
+    """The function of the GNU C library; None where another one is in use."""
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return found
 
 
 def resident_memory(field_name: str) -> int | None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from modelslim.checkpoint import byte_view
 from modelslim.costs import Layout
 from modelslim.errors import SaveError
+from modelslim.memory import Trimmer
 from modelslim.writer import explained
 
 _LEAST = 1 << 12  # smaller tensors weigh less than the work on them
@@ -52,6 +53,7 @@ class Spill:
         self._entries: dict[Hashable, list[_Entry]] = {}
         self._sleeping: dict[int, _Entry] = {}
         self._last: Hashable = None
+        self._trimmer = Trimmer()
 
     def sleep(self, key: Hashable, value: Any) -> None:
         """Let a sample wait: its tensors must not be touched until it is woken.
@@ -82,6 +84,7 @@ class Spill:
                 self._entries[each] = [entry for entry in self._entries[each] if not self._is_kept(entry.identity)]
             for entry in self._entries[before]:
                 self._empty(entry)
+            self._trimmer.look()
 
     def wake(self, key: Hashable) -> None:
         """Give a sample its tensors back."""

@@ -17,6 +17,7 @@ from modelslim.devices import synchronize, work_alone
 from modelslim.edits import stored_edits
 from modelslim.kv_cache import QuantizedCache, attentions, open_places
 from modelslim.loader import Loader
+from modelslim.memory import Trimmer
 from modelslim.plan import Plan
 from modelslim.ports import PortCollector
 from modelslim.quantized import QuantizedLinear
@@ -69,6 +70,7 @@ class Engine:
             for index in range(first):
                 self._skip(index)
             ahead = reader.submit(self._loader.read, self._names(first)) if first < len(self._units) else None
+            trimmer = Trimmer()
             for index, unit in enumerate(self._units[first:], start=first):
                 assert ahead is not None
                 clock = _Clock(self._plan.device)
@@ -81,6 +83,7 @@ class Engine:
                     self._pass_again(index, boundary, outside)
                 else:
                     self._unit(index, boundary, outside, clock)
+                trimmer.look()
                 if reading and ahead is None:
                     self._writer.wait()
                     ahead = reading(self._names(index + 1))
