@@ -20,8 +20,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import ENVIRONMENT, STATIC, demo_model, write_calibration, write_protocol
@@ -63,10 +63,10 @@ with torch.no_grad():
     model.config.num_hidden_layers = layers
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
     inputs = [torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"]]) for line in open(sys.argv[2])]
-    start = time.monotonic()
+    start, spent = time.monotonic(), time.process_time()
     for one in inputs:
         model(one, use_cache=False)
-    print(time.monotonic() - start)
+    print(time.monotonic() - start, time.process_time() - spent)
 """
 
 
@@ -126,38 +126,33 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
-def timed(*command: str) -> tuple[float, str]:
-    """Seconds of a child process, and what it printed."""
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, *command], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
-    return time.monotonic() - start, done.stdout
+@dataclass(frozen=True)
+class Watched:
+    """A child process: its seconds, those of the processor, the largest resident set seen of it, what it printed."""
+
+    wall: float
+    cpu: float
+    peak: int
+    output: str
 
 
-def watched(command: list[str]) -> tuple[float, int, str]:
-    """Seconds of a child process, the largest resident set that the parent saw of it, and what it printed."""
-    largest = 0
-    start = time.monotonic()
-    process = subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal largest
-        while not done.wait(0.02):
-            try:
-                status = Path(f"/proc/{process.pid}/status").read_text()
-            except OSError:  # it has ended
-                return
-            found = re.search(r"VmRSS:\s+(\d+)", status)
+def watch(*command: str) -> Watched:
+    """Run Python with these arguments to its end."""
+    with tempfile.TemporaryFile("w+") as output:
+        start = time.monotonic()
+        process = subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, stdout=output, text=True)
+        largest, usage = 0, None
+        while usage is None:
+            found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
             largest = max(largest, int(found[1]) * 1024 if found else 0)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    output, _ = process.communicate()
-    done.set()
-    watcher.join()
-    if process.returncode:
-        raise SystemExit(f"quant failed with {process.returncode}")
-    return time.monotonic() - start, largest, output
+            time.sleep(0.02)
+            pid, status, spent = os.wait4(process.pid, os.WNOHANG)
+            usage = spent if pid else None
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command[:3])} failed with {process.returncode}")
+        output.seek(0)
+        return Watched(time.monotonic() - start, usage.ru_utime + usage.ru_stime, largest, output.read())
 
 
 def main() -> None:
@@ -178,38 +173,44 @@ def main() -> None:
         protocol = write_protocol(root / "static.yaml", STATIC, dataset=str(data))
         print(f"checkpoint of {size / 1e9:.2f} GB, {options.samples} samples of {options.tokens} tokens", flush=True)
         paths = ["--model_path", str(model), "--config_path", str(protocol), "--device", "cpu", "--json"]
-        command = ["-m", "modelslim.cli.main"]
-        imports, planned_peak, planned = watched([*command, "plan", *paths, "--max_memory", options.budget])
-        plan = json.loads(planned)["costs"]
+        words = ["-m", "modelslim.cli.main"]
+        planned = watch(*words, "plan", *paths, "--max_memory", options.budget)
+        estimate = json.loads(planned.output)["costs"]
         forget(model)
-        seconds, peak, printed = watched(
-            [*command, "quant", *paths, "--save_path", str(result), "--max_memory", options.budget]
-        )
-        report = json.loads(printed)
+        quant = watch(*words, "quant", *paths, "--save_path", str(result), "--max_memory", options.budget)
+        report = json.loads(quant.output)
         written = sum(file.stat().st_size for file in result.glob("*.safetensors"))
         shutil.rmtree(result)
+        imports = watch("-c", "import torch, safetensors")
         forget(model)
-        read, _ = timed("-c", READ, str(model))
-        forward = float(timed("-c", FORWARD, str(model), str(data))[1])
-        write, _ = timed("-c", WRITE, str(root / "written"), str(written))
+        read = watch("-c", READ, str(model))
+        forward = watch("-c", FORWARD, str(model), str(data))
+        write = watch("-c", WRITE, str(root / "written"), str(written))
+        wall, cpu = map(float, forward.output.split())
         memory = report["memory"]
-        print(
-            f"quant          {seconds:8.1f} s, of which plan and imports {imports:.1f} s; estimate {plan['seconds']:.1f} s"
-        )
-        print(f"read           {read:8.1f} s\nforward        {forward:8.1f} s\nwrite          {write:8.1f} s  "
-              f"({written / 1e9:.2f} GB)")  # fmt: skip
-        print(f"ratio          {seconds / (read + forward + write):8.2f}  (bound 1.5); without plan and imports "
-              f"{(seconds - imports) / (read + forward + write):.2f}")  # fmt: skip
-        print(f"peak           {memory['peak_bytes']['host'] / 2**30:8.2f} GiB above the program (bound {options.budget}), "
-              f"estimate {memory['estimated_bytes']['host'] / 2**30:.2f} GiB")  # fmt: skip
-        print(
-            f"seen from outside {peak / 2**30:.2f} GiB with all imports, {planned_peak / 2**30:.2f} GiB for the plan alone"
-        )
-        print(f"activations in {memory['activations']}, units read ahead: {memory['reads_ahead']}", flush=True)
+        rows = {
+            "quant": (quant.wall, quant.cpu),
+            "plan": (planned.wall, planned.cpu),
+            "read": (read.wall - imports.wall, read.cpu - imports.cpu),
+            "forward": (wall, cpu),
+            "write": (write.wall, write.cpu),
+        }
+        for name, (took, spent) in rows.items():
+            print(f"{name:10s} {took:8.1f} s {spent:8.1f} CPU s")
+        for column, unit in enumerate(("seconds", "CPU seconds")):
+            took = {name: row[column] for name, row in rows.items()}
+            apart = took["read"] + took["forward"] + took["write"]
+            print(f"quant / (read + forward + write) in {unit}: {took['quant'] / apart:.2f} (bound 1.5), "
+                  f"without what plan takes {(took['quant'] - took['plan']) / apart:.2f}")  # fmt: skip
+        print(f"result {written / 1e9:.2f} GB; estimated {estimate['seconds']:.1f} s")
+        print(f"peak {memory['peak_bytes']['host'] / 2**30:.2f} GiB above the program (bound {options.budget}), "
+              f"estimated {memory['estimated_bytes']['host'] / 2**30:.2f} GiB")  # fmt: skip
+        print(f"resident {quant.peak / 2**30:.2f} GiB with all imports, plan alone {planned.peak / 2**30:.2f} GiB")
+        print(f"activations: {memory['activations']}, units read ahead: {memory['reads_ahead']}")
         phases: dict[str, float] = {}
         for unit in report["units"]:
-            for phase, took in unit["seconds"].items():
-                phases[phase] = phases.get(phase, 0.0) + took
+            for phase, seconds in unit["seconds"].items():
+                phases[phase] = phases.get(phase, 0.0) + seconds
         print("seconds of the units:", ", ".join(f"{name} {took:.1f}" for name, took in phases.items()))
 
 
