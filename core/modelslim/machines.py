@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from modelslim.costs import Machine
@@ -44,8 +45,9 @@ def machine_of(device: str) -> Machine:
     return measured() if is_host(device) else ACCELERATOR
 
 
+@cache
 def measured() -> Machine:
-    """The CPU's rates, timed now. Short, so that what else runs on the machine shows in them."""
+    """The CPU's rates, timed once in a process. Short, so that what else runs on the machine shows in them."""
     import torch
 
     rows, size = 256, 1024

@@ -64,8 +64,9 @@ class Spill:
                 and is still held somewhere sleeps, too.
         """
         found = {id(one): one for one in _tensors(value)}
-        for identity in found.keys() & self._sleeping.keys():  # passed on by another sample's forward, unread
-            self._keep(self._sleeping[identity])
+        for identity in found:
+            if identity in self._sleeping:  # passed on by another sample's forward, unread
+                self._keep(self._sleeping[identity])
         old = (reference() for entry in self._entries.pop(key, ()) for reference in entry.references)
         found |= {id(one): one for one in old if one is not None}
         storages: dict[int, list[Tensor]] = defaultdict(list)
