@@ -37,7 +37,7 @@ from modelslim.planned import (
     scheme_in_words,
 )
 from modelslim.qconfig import check_group_sizes, parse_activation, parse_qconfig, parse_weight
-from modelslim.quantized import QuantizedExperts, QuantizedLinear, QuantizedTensor
+from modelslim.quantized import QuantizedExperts, QuantizedLinear, QuantizedTensor, integer_matmul
 from modelslim.sampling import choose_samples
 from modelslim.saved_config import without_quantization
 from modelslim.saver import PlannedModel, SavedCache, SavedLinear, Saver, TensorRecord
@@ -146,6 +146,7 @@ __all__ = [
     "fusions",
     "group_by_spec",
     "hookimpl",
+    "integer_matmul",
     "largest_magnitudes",
     "listed",
     "multiply_inputs",

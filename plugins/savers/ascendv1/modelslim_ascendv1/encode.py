@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from modelslim.api import QuantizedLinear, SaveError, e2m1_nibbles, pack_bits, to_e8m0, to_unsigned
+from modelslim.api import QuantizedLinear, SaveError, e2m1_nibbles, integer_matmul, pack_bits, to_e8m0, to_unsigned
 from modelslim_ascendv1.int4 import pack_rows
 from modelslim_ascendv1.layout import INNER, MULTIPLIER, TP_SLICES, deq_scale_dtype, is_row_parallel
 from modelslim_ascendv1.schemes import refusals
@@ -132,9 +132,10 @@ def _added_offset(module: QuantizedLinear) -> Tensor:
 
 def _row_sums(codes: Tensor, slices: int = 1) -> Tensor:
     """Sums of int8 [out, in] over each of ``slices`` equal parts of a row, int32 [out, slices]."""
-    shape = (-1, slices, codes.shape[1] // slices)
-    # In blocks, since torch converts all that it is given before it sums.
-    return torch.cat([block.reshape(shape).sum(2, dtype=torch.int32) for block in torch.split(codes, 256)])
+    parts = codes.reshape(-1, codes.shape[1] // slices)
+    # A product with ones is several times as fast as sum, which converts all that it is given; 8 columns suit kernels.
+    sums = integer_matmul(parts, parts.new_ones(8, parts.shape[1]))[:, 0]
+    return sums.to(torch.int32).view(-1, slices)
 
 
 _WRITERS: Mapping[str, Callable[[str, QuantizedLinear, str], Tensors]] = {
