@@ -16,7 +16,7 @@ from modelslim.types import ProcessRequest
 
 
 class Boundary:
-    """All samples, waiting at the same unit with the arguments of its call.
+    """Samples, once started all waiting at the same unit with the arguments of its call.
 
     Only the arguments of the current unit are alive: a forward that is resumed drops them. A sample may
     skip units (a text without an image never enters the vision tower) and then waits at a later one, and
@@ -29,9 +29,6 @@ class Boundary:
         units: names of the units, in the order of the visit.
         around: opened while code of the model outside the units runs.
         spill: takes the memory of samples that wait; None to leave it to them.
-
-    Raises:
-        ModelError: a forward arrives at a unit that the visit does not name.
     """
 
     def __init__(
@@ -49,14 +46,30 @@ class Boundary:
         self._forwards: list[Generator[ProcessRequest, Any, Any]] = [
             session.generate_model_forward(model, sample) for sample in inputs
         ]
+        self._requests: list[ProcessRequest | None] = [None] * len(self._forwards)
         self._held: dict[int, Any] = {}
-        self._requests: list[ProcessRequest | None] = []
-        with around():
-            for index, forward in enumerate(self._forwards):
-                self._requests.append(self._arrive(next(forward), ""))
+
+    def start(self, among: Sequence[int] | None = None) -> None:
+        """Let forwards run to their first unit.
+
+        Args:
+            among: numbers of the samples; None for all.
+
+        Raises:
+            ModelError: a forward arrives at a unit that the visit does not name.
+        """
+        with self._around():
+            for index in self._numbers(among):
+                self._requests[index] = self._arrive(next(self._forwards[index]), "")
                 self._sleep(index)
 
-    def run_unit(self, unit: str, after_sample: Callable[[], None], resume: bool = True) -> int:
+    def run_unit(
+        self,
+        unit: str,
+        after_sample: Callable[[], None],
+        resume: bool = True,
+        among: Sequence[int] | None = None,
+    ) -> int:
         """Compute the unit on every sample that waits there and let its forward run on to its next unit, or to its end.
 
         Outputs that are held are not computed again.
@@ -65,6 +78,7 @@ class Boundary:
             unit: name of the unit; the units before it have been run.
             after_sample: called when a sample has passed the unit and the code behind it.
             resume: False to stay at this unit, when nothing behind it is wanted.
+            among: numbers of the samples that count; None for all.
 
         Returns:
             How many tokens passed.
@@ -73,7 +87,8 @@ class Boundary:
             ModelError: the forward visits units in another order than the visit.
         """
         tokens = 0
-        for index, request in enumerate(self._requests):
+        for index in self._numbers(among):
+            request = self._requests[index]
             if request is None or request.name != unit:
                 continue
             self._wake(index)
@@ -102,7 +117,13 @@ class Boundary:
         """The outputs that are held, by the number of the sample. Not to be changed: forwards go on with them."""
         return self._held
 
-    def measure_unit(self, unit: str, after_sample: Callable[[], None] = lambda: None, hold: bool = False) -> int:
+    def measure_unit(
+        self,
+        unit: str,
+        after_sample: Callable[[], None] = lambda: None,
+        hold: bool = False,
+        among: Sequence[int] | None = None,
+    ) -> int:
         """Compute the unit on every sample that waits there, and leave them there.
 
         A sample that would enter the unit again, with a video behind an image, shows its first entrance only.
@@ -111,12 +132,16 @@ class Boundary:
             unit: name of the unit; the units before it have been run.
             after_sample: called when a sample has passed the unit.
             hold: True to keep the outputs: ``run_unit`` goes on with them, whatever the unit has become by then.
+            among: numbers of the samples that count; None for all.
 
         Returns:
             How many tokens passed.
         """
+        waiting = self.waiting(unit)
+        if among is not None:
+            waiting = {index: waiting[index] for index in among if index in waiting}
         tokens = 0
-        for index, request in self.waiting(unit).items():
+        for index, request in waiting.items():
             self._wake(index)
             output = _compute(request)
             tokens += _tokens(request)
@@ -149,6 +174,9 @@ class Boundary:
                 request = self._arrive(self._forwards[index].send(_compute(request)), unit)
         except StopIteration as end:
             return end.value
+
+    def _numbers(self, among: Sequence[int] | None) -> Sequence[int]:
+        return range(len(self._forwards)) if among is None else among
 
     @contextmanager
     def awake(self) -> Iterator[None]:

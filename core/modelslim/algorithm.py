@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from modelslim.ranks import ALONE, Ranks
 from modelslim.types import CacheInfo, LinearInfo, Problem, ProcessRequest, QuantSpec, Subgraph, TensorSpec
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Unit:
         targets: what the unit returns for each of these calls in the float model, whose earlier units
             are float too; so they differ from the output on ``calls`` when those carry the errors of
             earlier units. Must not be changed.
+        ranks: the processes that share the run. All of them call ``apply`` with the same values, so that an
+            algorithm may divide its work among them and gather what they found; none of them may leave out a
+            ``gather``. Most algorithms have no use for it.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Unit:
     calls: Sequence[ProcessRequest] = ()
     targets: Sequence[Any] = ()
     caches: Mapping[str, TensorSpec] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,8 @@ class Algorithm(Processor, ABC):
         replays: True when ``apply`` runs the unit on its calibration inputs itself, as a trained
             rounding does; gradients are off around it, so it turns them on where it wants them. A module that
             it lets stand in for a linear gets ``carry_input_multiplier``.
+        separable: True when ``apply`` may be called with some of the specs, all linears of one input together, and
+            answers for these as it would for all: ranks that share a run then share the work. Others do it all.
         samples: how many calibration samples it wants at most, evenly spread; None for all. A run takes
             as many as its algorithms want that calibrate.
         fallback: what becomes of its linears where the result is bad; None keeps them.
@@ -125,6 +132,7 @@ class Algorithm(Processor, ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     takes_experts: ClassVar[bool] = False
     takes_caches: ClassVar[bool] = False
+    separable: ClassVar[bool] = False
 
     @classmethod
     def expand(cls, config: Mapping[str, Any]) -> Sequence[Entry]:

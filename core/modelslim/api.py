@@ -38,6 +38,7 @@ from modelslim.planned import (
 )
 from modelslim.qconfig import check_group_sizes, parse_activation, parse_qconfig, parse_weight
 from modelslim.quantized import QuantizedExperts, QuantizedLinear, QuantizedTensor, integer_matmul
+from modelslim.ranks import ALONE, Ranks
 from modelslim.sampling import choose_samples
 from modelslim.saved_config import without_quantization
 from modelslim.saver import PlannedModel, SavedCache, SavedLinear, Saver, TensorRecord
@@ -78,6 +79,7 @@ from modelslim.types import (
 from modelslim.vlm_dataset import VlmCalibSample
 
 __all__ = [
+    "ALONE",
     "FLOAT",
     "FUSED",
     "WHOLE",
@@ -114,6 +116,7 @@ __all__ = [
     "QuantizedExperts",
     "QuantizedLinear",
     "QuantizedTensor",
+    "Ranks",
     "RowSample",
     "SaveError",
     "SavedCache",

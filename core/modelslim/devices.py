@@ -21,18 +21,52 @@ _GRAMMAR = re.compile(r"(?P<kind>[a-z]+)(?::(?P<indices>\d+(?:,\d+)*))?", re.IGN
 
 
 def resolve_device(text: str | None) -> str:
-    """The torch device that ``--device`` means.
-
-    Args:
-        text: ``cpu``, ``cuda``, ``npu``, the latter two with an index as in ``cuda:1``; None for the
-            best device that is there.
+    """The one torch device that ``--device`` means; see ``resolve_devices``.
 
     Raises:
-        UsageError: the text is not a device, or the device does not exist here.
+        UsageError: as there, or several devices are listed.
+    """
+    devices = resolve_devices(text)
+    if len(devices) > 1:
+        raise UsageError(
+            f"--device {text!r} lists {len(devices)} devices, and one is used here", hint=f"use --device {devices[0]}"
+        )
+    return devices[0]
+
+
+def resolve_devices(text: str | None, workers: int | None = None) -> list[str]:
+    """The torch devices that ``--device`` means, one for each rank.
+
+    Args:
+        text: ``cpu``, ``cuda``, ``npu``, the latter two with indices as in ``cuda:1`` or ``npu:0,1,2,3``; None for
+            the best device that is there.
+        workers: how many ranks share the CPU; None for one.
+
+    Raises:
+        UsageError: the text is not a device, the device does not exist here, or workers are wanted elsewhere.
         PluginError: the device's torch extension is installed and cannot be loaded.
     """
-    if text is None:
-        return _best()
+    kind, indices = _parse(text) if text is not None else (_best().partition(":")[0], [])
+    if kind == "cpu":
+        if indices not in ([], [0]):
+            raise UsageError(f"--device {text!r} does not exist", hint="the CPU has no index; use --device cpu")
+        return ["cpu"] * (workers or 1)
+    count = _count(kind)
+    for index in indices or [0]:
+        if index >= count:
+            there = f"this machine has {count} ({kind}:0 to {kind}:{count - 1})" if count else "this machine has none"
+            raise UsageError(f"--device {text!r} does not exist: {there}", hint=f"the best here is --device {_best()}")
+    devices = [f"{kind}:{index}" for index in indices or [0]]
+    if workers is not None and workers != len(devices):
+        raise UsageError(
+            f"--workers {workers} does not go with --device {text or kind}",
+            hint=f"workers share the CPU; list the devices instead, as in --device {kind}:0,1",
+        )
+    return devices
+
+
+def _parse(text: str) -> tuple[str, list[int]]:
+    """Kind and indices that ``--device`` says."""
     match = _GRAMMAR.fullmatch(text)
     if match is None or match["kind"].lower() not in KINDS:
         word = text.partition(":")[0].lower()
@@ -40,27 +74,12 @@ def resolve_device(text: str | None) -> str:
             word = "cuda"
         raise UsageError(
             f"--device {text!r} is not a device",
-            hint=f"{nearest(word, KINDS)}; write cpu, cuda, cuda:0, npu or npu:0",
+            hint=f"{nearest(word, KINDS)}; write cpu, cuda, cuda:0, npu or npu:0,1",
         )
-    kind = match["kind"].lower()
     indices = [int(index) for index in match["indices"].split(",")] if match["indices"] else []
     if len(set(indices)) != len(indices):
         raise UsageError(f"--device {text!r} lists an index twice", hint="list every device once")
-    if len(indices) > 1:
-        raise UsageError(
-            f"--device {text!r} lists {len(indices)} devices, and the layer_wise runner uses one",
-            hint=f"use --device {kind}:{indices[0]}",
-        )
-    if kind == "cpu":
-        if indices not in ([], [0]):
-            raise UsageError(f"--device {text!r} does not exist", hint="the CPU has no index; use --device cpu")
-        return "cpu"
-    count = _count(kind)
-    index = indices[0] if indices else 0
-    if index >= count:
-        there = f"this machine has {count} ({kind}:0 to {kind}:{count - 1})" if count else "this machine has none"
-        raise UsageError(f"--device {text!r} does not exist: {there}", hint=f"the best here is --device {_best()}")
-    return f"{kind}:{index}"
+    return match["kind"].lower(), indices
 
 
 def _best() -> str:
@@ -94,6 +113,14 @@ def _load_npu() -> None:
             hint="source the CANN environment (set_env.sh), or uninstall torch_npu; with it installed and no CANN, "
             "torch itself needs TORCH_DEVICE_BACKEND_AUTOLOAD=0 to import",
         ) from error
+
+
+def divide_threads(size: int) -> None:
+    """Let this process take its part of the CPU's threads, of so many that compute beside each other."""
+    import torch
+
+    if size > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))
 
 
 def prepare_threads() -> None:
@@ -147,6 +174,20 @@ def describe_computer(device: str) -> dict[str, str]:
     if not device.startswith("cpu"):
         facts["accelerator"] = str(getattr(torch, device.partition(":")[0]).get_device_name(device))
     return facts
+
+
+def set_device(device: str) -> None:
+    """Let this process use that device where none is named."""
+    import torch
+
+    if not device.startswith("cpu"):
+        torch.accelerator.set_device_index(torch.device(device).index)
+
+
+def communication_backend(device: str) -> str:
+    """What torch.distributed is to speak between ranks on such devices; texts go between hosts as on the CPU."""
+    backends = {"cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
+    return backends.get(device.partition(":")[0], "gloo")
 
 
 def work_alone() -> None:

@@ -94,6 +94,10 @@ class QuantizationError(ModelSlimError):
     """The numbers went wrong during the run: no tokens seen, not finite."""
 
 
+class RankError(ModelSlimError):
+    """A process that shares the run has ended, or could not be started."""
+
+
 class SaveError(ModelSlimError):
     """The result could not be written."""
 

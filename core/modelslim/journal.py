@@ -164,7 +164,7 @@ def refuse_changes(partial: Path, before: Mapping[str, Any], now: Mapping[str, A
     Raises:
         UsageError: names everything that differs.
     """
-    changes = [Diagnostic(change) for change in _changes(before, json.loads(json.dumps(now)))]
+    changes = [Diagnostic(change) for change in differences(before, json.loads(json.dumps(now)))]
     if changes:
         raise UsageError(
             f"{partial} is the rest of a run that was not the same",
@@ -173,7 +173,8 @@ def refuse_changes(partial: Path, before: Mapping[str, Any], now: Mapping[str, A
         )
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What differs between two headers, in words."""
     for key in dict.fromkeys((*before, *now)):
         was, is_now = before.get(key), now.get(key)
         if was == is_now:

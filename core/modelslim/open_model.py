@@ -57,6 +57,7 @@ class OpenModel:
         units = [request.name for request in self.visit]
         self.loader.fill_on_demand(units)
         boundary = Boundary(self.session, self.model, inputs, units)
+        boundary.start()
         self.loader.release_filled()
         for unit in units[:-1]:
             names = self.loader.names(unit)

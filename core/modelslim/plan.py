@@ -35,10 +35,10 @@ from modelslim.plan_topology import (
     find_topology,
     with_subgraphs,
 )
-from modelslim.protocol.document import shorten
 from modelslim.protocol.model import Protocol
 from modelslim.protocol.validate import read_protocol
 from modelslim.registry import Registry
+from modelslim.runners.choice import choose_runner
 from modelslim.sampling import choose_samples
 from modelslim.saver import PlannedModel, Saver
 from modelslim.session import Session
@@ -48,8 +48,6 @@ from modelslim.vlm_dataset import read_vlm_samples
 
 if TYPE_CHECKING:
     from modelslim.plan_costs import Costs
-
-DEFAULT_RUNNER = "layer_wise"
 
 
 @dataclass(frozen=True)
@@ -71,13 +69,15 @@ class Plan:
         dataset: the file or directory that they come from.
         device: torch device of the computation.
         runner: name of the runner.
+        runner_why: why that one, in a few words.
         registry: the installed plugins.
         topology: what smoothing may rescale; None when no algorithm asks.
         rescaled: full names of the parameters that smoothing changes.
         added: full names of the biases that smoothing adds to modules without one.
         target: the engine that the result is checked for; None when no contract of it is known.
         warnings: what the user should know and what does not stop the run.
-        lengths: tokens of each sample.
+        lengths: tokens of each input that passes the model at once: a sample, or several of equal length.
+        ranks: how many processes share the run.
         budget: what the run may hold in memory.
     """
 
@@ -95,6 +95,7 @@ class Plan:
     dataset: Path | None
     device: str
     runner: str
+    runner_why: str
     registry: Registry
     topology: Topology | None
     rescaled: frozenset[str]
@@ -102,6 +103,7 @@ class Plan:
     target: Target | None
     warnings: Sequence[str]
     lengths: Sequence[int]
+    ranks: int
     budget: Budget
 
     @cached_property
@@ -177,6 +179,7 @@ def make_plan(
     trust_remote_code: bool = False,
     engine: str | None = None,
     tp: int = 1,
+    ranks: int = 1,
     max_memory: str | None = None,
     observers: Sequence[tuple[str, object]] = (),
 ) -> Plan:
@@ -191,6 +194,7 @@ def make_plan(
         engine: refuse what this engine does not load, such as ``vllm-ascend`` or ``vllm-0.32``; None to be warned
             of what the engine that the format is for does not load.
         tp: the engine's degree of tensor parallelism.
+        ranks: how many processes share the run, each with a device of its own.
         max_memory: what the run may hold beyond what the process holds by then, as in ``24GiB,cuda:0=60GiB``; None
             for no limit but what is free on an accelerator.
         observers: further plugins of this run, by name.
@@ -273,9 +277,10 @@ def make_plan(
     with _together_with(diagnostics):
         samples, remarks = _read(dataset, protocol)
         samples = _wanted(samples, steps, info, model)
-        lengths = token_lengths(session, samples)
+        lengths = token_lengths(session, samples, joined=not any(step.algorithm.replays for step in steps))
         unproven = prove_forward(session, model, checkpoint, kind, name, trust_remote_code, registry) if samples else []
-    runner, about_runner = _runner(protocol)
+    runner = choose_runner(protocol, ranks, registry)
+    diagnostics += runner.refusals
     if diagnostics:
         raise _refusal(config_path, diagnostics)
     plan = Plan(
@@ -292,7 +297,8 @@ def make_plan(
         samples=samples,
         dataset=dataset,
         device=resolved,
-        runner=runner,
+        runner=runner.name,
+        runner_why=runner.why,
         registry=registry,
         topology=topology,
         rescaled=rescaled,
@@ -300,13 +306,14 @@ def make_plan(
         target=target,
         warnings=[
             *([remark] if remark else []),
-            *about_runner,
+            *runner.warnings,
             *remarks,
             *unproven,
             *checks.warnings,
             *_left_float(info, model),
         ],
         lengths=lengths,
+        ranks=ranks,
         budget=budget,
     )
     _ = plan.costs  # refuses a budget that is too small
@@ -339,16 +346,6 @@ def _wanted(samples: Sequence[Any], steps: Sequence[Step], info: ModelInfo, mode
     limits = [step.algorithm.samples for step in steps if needs_calibration([step], info, model)]
     most = max((len(samples) if limit is None else limit for limit in limits), default=0)
     return choose_samples(samples, most)
-
-
-def _runner(protocol: Protocol) -> tuple[str, list[str]]:
-    """Name of the runner, and what the user should know about it."""
-    if protocol.runner in ("auto", DEFAULT_RUNNER):
-        return DEFAULT_RUNNER, []
-    if not protocol.is_multimodal:
-        return protocol.runner, []
-    message = f"{shorten(protocol.runner)!r} becomes {DEFAULT_RUNNER}, the only runner of {protocol.apiversion}"
-    return DEFAULT_RUNNER, [str(protocol.document.diagnostic(message, ("spec", "runner")))]
 
 
 @contextmanager

@@ -101,23 +101,24 @@ def find_costs(plan: Plan) -> Costs:
     """
     job, machine = job_of(plan), machine_of(plan.device)
     separate = not is_host(plan.device)
+    whole = getattr(plan.registry.load("runners", plan.runner), "holds_model", False)
     places: tuple[Place, ...] = ("device", "host", "file") if separate else ("host", "file")
     if not job.samples:
         places = places[:1]
     found = [
         Costs(job, machine, layout, phases(job, machine, layout), plan.device)
-        for layout in (Layout(place, ahead, separate) for place in places for ahead in (True, False))
+        for layout in (Layout(place, ahead, separate, plan.ranks, whole) for place in places for ahead in (True, False))
     ]
-    limits = _limits(plan.budget, plan.device)
+    limits = _limits(plan.budget, plan.device, plan.ranks)
     fitting = [costs for costs in found if all(costs.peaks[place] <= limit for place, limit in limits.items())]
     if fitting:
         return min(fitting, key=lambda costs: costs.seconds)
     raise _too_little(found[-1], limits)
 
 
-def _limits(budget: Budget, device: str) -> dict[str, int]:
-    """What may be held by place; of a device without a size what is free."""
-    limits = {} if budget.host is None else {"host": budget.host}
+def _limits(budget: Budget, device: str, ranks: int) -> dict[str, int]:
+    """What each process may hold by place; of a device without a size what is free."""
+    limits = {} if budget.host is None else {"host": budget.host // ranks}
     if not is_host(device):
         free = free_memory(device)
         asked = budget.of(device)

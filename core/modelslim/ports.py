@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -12,9 +13,26 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modelslim.experts import ExpertLinear
+from modelslim.ranks import ALONE, Ranks
 from modelslim.statistics import Port, RowSample, Statistic, UnitStatistics
+from modelslim.wire import statistic_from, statistic_state
 
 Kinds = frozenset[type[Statistic]]
+
+
+@dataclass
+class _Part:
+    """What a group of samples showed.
+
+    Attributes:
+        ports: by linear; linears of one port have the same object.
+        experts: by fused weight, of the experts to which tokens came.
+        tokens: how many came to each expert.
+    """
+
+    ports: dict[str, Port] = field(default_factory=dict)
+    experts: dict[str, dict[int, Port]] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
 class PortCollector:
@@ -24,6 +42,9 @@ class PortCollector:
     same forward (q, k and v; gate and up) joins it. So each statistic is computed once per port, and
     linears of one port get the very same static scale. Every expert of a fused weight has a port of
     its own, which sees the tokens that came to it.
+
+    What a group of samples showed is merged into the whole when the group ends, group by group in their
+    order, whichever rank has computed it: sums are the same to the bit for any number of ranks.
 
     Attributes:
         tokens: how many tokens each expert of a fused weight showed, by the name of the weight's module.
@@ -36,14 +57,17 @@ class PortCollector:
     def __init__(self, linears: Mapping[str, nn.Module], needs: Mapping[str, Kinds]) -> None:
         self._linears = linears
         self._needs = needs
+        kinds = {kind for wanted in needs.values() for kind in wanted}
+        self._kinds = sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__))
         self._ports: dict[str, Port] = {}
         self._experts: dict[str, list[Port]] = {}
         self.tokens: dict[str, list[int]] = {}
-        for name, kinds in needs.items():
+        for name, wanted in needs.items():
             module = linears[name]
             if isinstance(module, ExpertLinear):
-                self._experts[name] = [_expert_port(kinds, module.experts) for _ in range(module.experts)]
+                self._experts[name] = [_expert_port(wanted, module.experts) for _ in range(module.experts)]
                 self.tokens[name] = [0] * module.experts
+        self._part = _Part()
         # By identity and version of the tensor, which is kept so that no other can take its identity.
         self._seen: dict[tuple[int, int], tuple[Tensor, list[Port]]] = {}
         self._handles: list[RemovableHandle] = []
@@ -63,11 +87,24 @@ class PortCollector:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        self._seen.clear()
+        self.end_group()
 
     def next_sample(self) -> None:
         """Forget which tensors the last forward showed."""
         self._seen.clear()
+
+    def end_group(self, ranks: Ranks = ALONE) -> None:
+        """Merge what a group of samples showed, or what groups of all ranks did, by rank.
+
+        What is left when measuring ends is a group of this rank alone.
+        """
+        self._seen.clear()
+        part, self._part = self._part, _Part()
+        if ranks.size == 1:
+            self._merge(part)
+        elif self._needs:
+            for state in ranks.gather(self._state(part)):
+                self._merge(self._part_from(state))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -99,6 +136,7 @@ class PortCollector:
 
     def statistics(self) -> UnitStatistics:
         """What was measured. A linear that no token reached has statistics that saw nothing."""
+        self.end_group()
         for name, kinds in self._needs.items():
             if name not in self._experts:
                 self._ports.setdefault(name, {kind: kind() for kind in kinds})
@@ -110,9 +148,10 @@ class PortCollector:
                 return
             x: Tensor = args[0] if args else kwargs["input"]
             _, known = self._seen.setdefault((id(x), _version(x)), (x, []))
-            if name not in self._ports:
-                self._ports[name] = self._assign(name, known)
-            port = self._ports[name]
+            ports = self._part.ports
+            if name not in ports:
+                ports[name] = self._assign(name, known)
+            port = ports[name]
             if not any(other is port for other in known):
                 for statistic in port.values():
                     statistic.update(x.reshape(-1, x.shape[-1]))
@@ -125,10 +164,14 @@ class PortCollector:
             if self._paused:
                 return
             x, counts = args
-            self.tokens[name] = [known + count for known, count in zip(self.tokens[name], counts, strict=True)]
-            for port, rows in zip(self._experts[name], x[: sum(counts)].split(counts), strict=True):
+            tokens = self._part.tokens.setdefault(name, [0] * len(counts))
+            self._part.tokens[name] = [known + count for known, count in zip(tokens, counts, strict=True)]
+            ports = self._part.experts.setdefault(name, {})
+            for expert, rows in enumerate(x[: sum(counts)].split(counts)):
                 if len(rows):
-                    for statistic in port.values():
+                    if expert not in ports:
+                        ports[expert] = _expert_port(self._needs[name], len(counts))
+                    for statistic in ports[expert].values():
                         statistic.update(rows)
 
         return observe
@@ -138,6 +181,59 @@ class PortCollector:
         kinds = self._needs[name]
         leader = next((port for port in known if kinds <= port.keys()), None)
         return {kind: kind() for kind in kinds} if leader is None else leader
+
+    def _merge(self, part: _Part) -> None:
+        """Add what a group showed."""
+        for names, port in _by_port(part.ports):
+            known = list({id(one): one for name in names if (one := self._ports.get(name)) is not None}.values())
+            for one in known:
+                _merge_port(one, port)
+            for name in names:
+                self._ports.setdefault(name, known[0] if known else port)
+        for name, ports in part.experts.items():
+            for expert, port in ports.items():
+                _merge_port(self._experts[name][expert], port)
+        for name, counts in part.tokens.items():
+            self.tokens[name] = [known + count for known, count in zip(self.tokens[name], counts, strict=True)]
+
+    def _state(self, part: _Part) -> Any:
+        """A part as a value that can be taken apart."""
+        ports = [[names, self._port_state(port)] for names, port in _by_port(part.ports)]
+        experts = {
+            name: {expert: self._port_state(port) for expert, port in ports.items()}
+            for name, ports in part.experts.items()
+        }
+        return [ports, experts, part.tokens]
+
+    def _port_state(self, port: Port) -> dict[int, Any]:
+        return {self._kinds.index(kind): statistic_state(statistic) for kind, statistic in port.items()}
+
+    def _part_from(self, state: Any) -> _Part:
+        """The reverse of ``_state``."""
+
+        def port(state: Mapping[int, Any]) -> Port:
+            return {self._kinds[kind]: statistic_from(self._kinds[kind], one) for kind, one in state.items()}
+
+        ports, experts, tokens = state
+        part = _Part(tokens=tokens)
+        for names, one in ports:
+            part.ports.update(dict.fromkeys(names, port(one)))
+        part.experts = {name: {expert: port(one) for expert, one in some.items()} for name, some in experts.items()}
+        return part
+
+
+def _by_port(ports: Mapping[str, Port]) -> list[tuple[list[str], Port]]:
+    """Each port once, with the names of its linears."""
+    found: dict[int, tuple[list[str], Port]] = {}
+    for name, port in ports.items():
+        found.setdefault(id(port), ([], port))[0].append(name)
+    return list(found.values())
+
+
+def _merge_port(port: Port, other: Port) -> None:
+    for kind, statistic in port.items():
+        if kind in other:
+            statistic.merge(other[kind])
 
 
 def _expert_port(kinds: Kinds, experts: int) -> Port:

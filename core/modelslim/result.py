@@ -29,7 +29,42 @@ from modelslim.writer import STATE, OutputDirectory, ShardWriter, explained, syn
 _ENTRY_BYTES = 112  # of a header entry, without the name
 
 
-class ResultWriter:
+class RunOutput:
+    """Where the result of a run goes, as a rank sees it that writes nothing.
+
+    Args:
+        path: the partial directory.
+        finished: what an earlier run has written there, in order of ``put``.
+        stored: its tensors by name.
+
+    Attributes:
+        path: see there.
+        finished: see there.
+        stored: see there.
+    """
+
+    def __init__(self, path: Path, finished: Sequence[FinishedUnit], stored: Mapping[str, StoredTensor]) -> None:
+        self.path = path
+        self.finished = finished
+        self.stored = stored
+
+    def put(
+        self,
+        unit: str,
+        modules: Mapping[str, QuantizedLinear],
+        caches: Mapping[str, QuantizedCache],
+        edited: Mapping[str, Tensor],
+        copies: Sequence[str],
+        changed: Sequence[str] = (),
+        report: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Another rank writes the unit."""
+
+    def wait(self) -> None:
+        """Nothing is being written here."""
+
+
+class ResultWriter(RunOutput):
     """Writes the result of a plan into an output directory, in a thread of its own.
 
     At most one unit waits while another is being written, so memory holds two.
@@ -37,17 +72,12 @@ class ResultWriter:
     Args:
         plan: the plan.
         output: where to write; what an earlier run has finished there is taken over.
-
-    Attributes:
-        finished: what that run has written, in order of ``put``.
-        path: where it lies.
-        stored: its tensors by name.
     """
 
     def __init__(self, plan: Plan, output: OutputDirectory) -> None:
         self._plan = plan
         self._output = output
-        self.finished = output.finished
+        super().__init__(output.path, output.finished, {})
         self._written = [one for unit in self.finished for one in unit.tensors]
         names = plan.result_sizes()
         self._shards = ShardWriter(
@@ -57,7 +87,6 @@ class ResultWriter:
             sum(len(name.encode()) + _ENTRY_BYTES for name in names),
             plan.session.tensor_written,
         )
-        self.path = output.path
         self._number = len(self.finished)
         try:
             self.stored = self._restore()

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modelslim.errors import Diagnostic, VerificationError
-from modelslim.journal import FAULTY
+from modelslim.checkpoint import StoredTensor
+from modelslim.errors import Diagnostic, RankError, VerificationError
+from modelslim.journal import FAULTY, FinishedUnit, differences
+from modelslim.launch import Crew, crew, is_first_process
 from modelslim.memory import Meter
 from modelslim.plan import Plan, make_plan
+from modelslim.ranks import ALONE, Ranks
 from modelslim.report import REPORT, journal_header, make_report, memory_record
-from modelslim.result import ResultWriter
+from modelslim.result import ResultWriter, RunOutput
 from modelslim.verify import verify_run
 from modelslim.writer import OutputDirectory, check_save_path, check_space, write_json
 
@@ -24,6 +27,7 @@ def quantize(
     config_path: Path,
     *,
     device: str | None = None,
+    workers: int | None = None,
     model_type: str | None = None,
     trust_remote_code: bool = False,
     engine: str | None = None,
@@ -39,7 +43,9 @@ def quantize(
         model_path: directory of the float model; never touched.
         save_path: where the result goes; must not exist, or be empty.
         config_path: the YAML protocol.
-        device: ``cpu``, ``cuda:0``, ...; None for the best that is there.
+        device: ``cpu``, ``cuda:0``, or several as in ``npu:0,1``, which share the work; None for the best that is
+            there.
+        workers: how many processes share the CPU; None for one.
         model_type: published model name or model_type; None to go by config.json.
         trust_remote_code: allow code of the checkpoint to run.
         engine: refuse what this engine does not load; see ``make_plan``.
@@ -47,29 +53,57 @@ def quantize(
         max_memory: what the run may hold; see ``make_plan``.
         check: verify the result before it gets its name.
         restart: begin anew what an interrupted run left in ``<save_path>.partial``; False to continue it.
-        observers: further plugins of this run, by name.
+        observers: further plugins of this run, by name; of the first process alone.
 
     Returns:
         The report, which also lies in ``<save_path>/report.json``.
 
     Raises:
+        RankError: a process that shares the work has ended.
         UsageError: the interrupted run was another one; says what differs.
         VerificationError: the result is faulty; it keeps the name ``<save_path>.partial``.
         ModelSlimError: another of its subclasses; nothing lies under ``save_path`` then.
     """
-    check_save_path(save_path, model_path)
-    plan = make_plan(
-        model_path,
-        config_path,
-        device=device,
-        model_type=model_type,
-        trust_remote_code=trust_remote_code,
-        engine=engine,
-        tp=tp,
-        max_memory=max_memory,
-        observers=observers,
-    )
-    return run_plan(plan, save_path, check=check, restart=restart)
+    if is_first_process():
+        check_save_path(save_path, model_path)
+    planned = {
+        "model_path": str(model_path),
+        "config_path": str(config_path),
+        "model_type": model_type,
+        "trust_remote_code": trust_remote_code,
+        "engine": engine,
+        "tp": tp,
+        "max_memory": max_memory,
+    }
+    with crew(device, workers, {"save_path": str(save_path), "planned": planned}) as members:
+        plan = plan_as(members, planned, observers)
+        with members.meet() as ranks:
+            return run_plan(plan, save_path, check=check, restart=restart, ranks=ranks)
+
+
+def plan_as(members: Crew, planned: Mapping[str, Any], observers: Sequence[tuple[str, object]] = ()) -> Plan:
+    """The plan of a run as one of its ranks makes it.
+
+    Args:
+        members: the ranks.
+        planned: arguments of ``make_plan`` that all share, as JSON values.
+        observers: further plugins of this rank.
+    """
+    options = dict(planned)
+    model_path, config_path = (Path(options.pop(name)) for name in ("model_path", "config_path"))
+    return make_plan(model_path, config_path, device=members.device, ranks=members.size, observers=observers, **options)
+
+
+def quantize_as(members: Crew, job: Mapping[str, Any]) -> None:
+    """Take part in a run that the first rank leads.
+
+    Args:
+        members: the ranks.
+        job: what ``crew`` was told.
+    """
+    plan = plan_as(members, job["planned"])
+    with members.meet() as ranks:
+        run_plan(plan, Path(job["save_path"]), ranks=ranks)
 
 
 def run_plan(
@@ -79,6 +113,7 @@ def run_plan(
     check: bool = True,
     restart: bool = False,
     say: Callable[[str], None] = lambda message: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Execute a plan; see :func:`quantize`.
 
@@ -88,7 +123,14 @@ def run_plan(
         check: verify the result before it gets its name.
         restart: begin anew what an interrupted run left.
         say: called with what the user should know of an interrupted run that is continued.
+        ranks: who shares the run, each with the same plan; the first one writes, checks and reports.
+
+    Returns:
+        The report; an empty one at ranks that write nothing.
     """
+    if not ranks.is_first:
+        _help(plan, ranks)
+        return {}
     check_save_path(save_path, plan.checkpoint.path)
     in_file = plan.costs.job.activation_bytes if plan.costs.layout.activations == "file" else 0
     check_space(save_path, sum(plan.result_sizes().values()) + in_file)
@@ -101,7 +143,8 @@ def run_plan(
             done = sum(one.report is not None for one in output.finished)
             say(f"continuing {output.path}: {done} units are done")
         with ResultWriter(plan, output) as writer:
-            units = runner.run(plan, writer)
+            _tell(plan, writer, ranks)
+            units = runner.run(plan, writer, ranks)
             records = writer.finish()
         report = {**make_report(plan, save_path, units, records, meter), "verified": False}
         write_json(output.path / REPORT, report)
@@ -113,6 +156,44 @@ def run_plan(
         output.commit()
     plan.session.run_finished(report)
     return report
+
+
+def _tell(plan: Plan, writer: ResultWriter, ranks: Ranks) -> None:
+    """Tell the other ranks what there is already, and see that they have the same plan."""
+    if ranks.size == 1:
+        return
+    stored = [
+        [one.name, one.dtype, list(one.shape), str(one.file), one.offset, one.nbytes] for one in writer.stored.values()
+    ]
+    ranks.share([str(writer.path), [unit.as_data() for unit in writer.finished], stored])
+    _compare(plan, ranks)
+
+
+def _help(plan: Plan, ranks: Ranks) -> None:
+    """Do the part of a rank that writes nothing."""
+    path, finished, stored = ranks.share(None)
+    _compare(plan, ranks)
+    tensors = {
+        name: StoredTensor(name, dtype, tuple(shape), Path(file), offset, nbytes)
+        for name, dtype, shape, file, offset, nbytes in stored
+    }
+    runner = plan.registry.load("runners", plan.runner)()
+    with plan.checkpoint:
+        runner.run(plan, RunOutput(Path(path), [FinishedUnit.from_data(unit) for unit in finished], tensors), ranks)
+
+
+def _compare(plan: Plan, ranks: Ranks) -> None:
+    """Refuse ranks that would not compute the same."""
+    own = journal_header(plan)
+    headers = ranks.gather({key: own[key] for key in ("protocol", "dataset", "adapter", "versions")})
+    for rank, header in enumerate(headers):
+        changes = list(differences(headers[0], header))
+        if changes:
+            raise RankError(
+                f"rank {rank} does not have the plan of rank 0",
+                diagnostics=[Diagnostic(change) for change in changes],
+                hint="have the same model, data and versions on all hosts",
+            )
 
 
 @contextmanager

@@ -165,6 +165,7 @@ class SavedModel:
         self._decode(name for name in self._saved if not name.startswith(inside))
         self._loader.fill_on_demand(self.units)
         self._boundary = Boundary(self.session, self.module, inputs, self.units)
+        self._boundary.start()
 
     def pass_unit(self, unit: str) -> None:
         """Run all inputs through a unit."""

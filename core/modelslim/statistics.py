@@ -256,8 +256,11 @@ class Gram(Statistic):
         assert isinstance(other, Gram)
         if other.matrix is None or other.total is None:
             return
-        self.matrix = other.matrix.clone() if self.matrix is None else self.matrix + other.matrix
-        self.total = other.total.clone() if self.total is None else self.total + other.total
+        if self.matrix is None or self.total is None:
+            self.matrix, self.total = other.matrix.clone(), other.total.clone()
+        else:
+            self.matrix += other.matrix
+            self.total += other.total
         self.tokens += other.tokens
 
     def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> Gram:
@@ -303,9 +306,10 @@ class RowSample(Statistic):
     def merge(self, other: Statistic) -> None:
         """Add what another instance keeps."""
         assert isinstance(other, RowSample)
-        self._parts += [part.clone() for part in other._parts]
+        stride = max(self._stride, other._stride)  # both keep one token of as many then
+        self._parts = [*self._every(stride // self._stride), *other._every(stride // other._stride)]
         self._seen += other._seen
-        self._stride = max(self._stride, other._stride)
+        self._stride = stride
         self._thin()
 
     def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> RowSample:
@@ -319,6 +323,10 @@ class RowSample(Statistic):
     def rows(self) -> Tensor | None:
         """[kept tokens, channels]; None before the first token."""
         return torch.cat(self._parts) if self._parts else None
+
+    def _every(self, step: int) -> list[Tensor]:
+        """Every ``step``-th of the kept tokens."""
+        return self._parts if step == 1 or not self._parts else [torch.cat(self._parts)[::step].clone()]
 
     def _thin(self) -> None:
         while sum(map(len, self._parts)) > self.capacity:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from modelslim.sampling import choose_samples
+from modelslim.batches import batched
+from modelslim.sampling import choose_samples, tokens_of
 
 if TYPE_CHECKING:
     from modelslim.session import Session
@@ -16,20 +15,23 @@ if TYPE_CHECKING:
 _MEDIA_SAMPLES = 32
 
 
-def token_lengths(session: Session, samples: Sequence[Any]) -> list[int]:
-    """Tokens of every calibration sample; where samples hold media, those of some stand for all."""
+def token_lengths(session: Session, samples: Sequence[Any], *, joined: bool) -> list[int]:
+    """Tokens of every model input; where samples hold media, those of some stand for all.
+
+    Args:
+        session: the run's hooks.
+        samples: the calibration samples.
+        joined: True when texts of equal length pass the model together.
+
+    Raises:
+        DatasetError, ModelError: what the adapter says of a sample.
+    """
+    if not samples:
+        return []
     has_media = not all(isinstance(sample, (str, list)) for sample in samples)
     chosen = choose_samples(samples, _MEDIA_SAMPLES) if has_media else samples
-    lengths = [_length(one) for one in session.handle_dataset(chosen, "cpu")] if chosen else []
+    inputs = session.handle_dataset(chosen, "cpu")
     if len(chosen) < len(samples):
+        lengths = [tokens_of(one) for one in inputs]
         return [lengths[index * len(lengths) // len(samples)] for index in range(len(samples))]
-    return lengths
-
-
-def _length(inputs: Any) -> int:
-    values = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
-    tensors = [one for one in (values if isinstance(values, (list, tuple)) else [values]) if isinstance(one, Tensor)]
-    ids = next((one for one in tensors if not one.is_floating_point()), tensors[0] if tensors else None)
-    if ids is None:
-        return 0
-    return ids.numel() if not ids.is_floating_point() else ids[..., 0].numel()
+    return [tokens_of(one) for one in (batched(inputs) if joined else inputs)]

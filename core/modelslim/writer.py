@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from modelslim.errors import ModelSlimError, SaveError, UsageError
+from modelslim.errors import ModelSlimError, RankError, SaveError, UsageError
 from modelslim.journal import JOURNAL, FinishedUnit, Written, read_rest, refuse_changes
 
 try:
@@ -219,8 +219,8 @@ class OutputDirectory:
 
     Leaving the context by an exception removes the partial directory, unless it is to be kept, or units are
     finished and the same command may do better next time: on a full disk, after an interruption or a fault of a
-    program, not after what is wrong with the model or the data. A killed process leaves it. The next run on the
-    same path continues or replaces it.
+    program or of another rank, not after what is wrong with the model or the data. A killed process leaves it. The
+    next run on the same path continues or replaces it.
 
     Args:
         save_path: the final name.
@@ -286,7 +286,7 @@ class OutputDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
-        may_do_better = isinstance(error, SaveError) or not isinstance(error, ModelSlimError)
+        may_do_better = isinstance(error, (RankError, SaveError)) or not isinstance(error, ModelSlimError)
         if error is not None and self._has_units and may_do_better:
             self._kept = True
         if self.path.exists() and not self._kept:  # and has not been given its final name

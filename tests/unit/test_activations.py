@@ -81,6 +81,7 @@ def test_held_outputs_go_on_whatever_the_unit_has_become() -> None:
     model, inputs = Toy(), samples()
     expected = [model(*sample) for sample in inputs]
     boundary = Boundary(Session(ToyAdapter()), model, inputs, UNITS)
+    boundary.start()
     boundary.run_unit("vision", lambda: None)
     boundary.measure_unit("layers.0", hold=True)
     assert list(boundary.held) == list(boundary.waiting("layers.0")) == [0, 1, 2]
@@ -94,6 +95,7 @@ def test_held_outputs_go_on_whatever_the_unit_has_become() -> None:
 def test_measuring_without_holding_computes_again() -> None:
     model, inputs = Toy(), samples()
     boundary = Boundary(Session(ToyAdapter()), model, inputs, UNITS)
+    boundary.start()
     boundary.run_unit("vision", lambda: None)
     passed: list[int] = []
     assert boundary.measure_unit("layers.0", lambda: passed.append(1)) == 9
@@ -110,6 +112,7 @@ def test_first_entrance_is_held_and_later_ones_are_computed() -> None:
     model, inputs = Toy(), samples()
     before, after = ([model.vision(image) for image in images] for _, images in inputs[1:])
     boundary = Boundary(Session(ToyAdapter()), model, inputs, UNITS)
+    boundary.start()
     boundary.measure_unit("vision", hold=True)
     assert list(boundary.held) == [1, 2]
     assert torch.equal(boundary.held[1], before[0]) and torch.equal(boundary.held[2], after[0])
@@ -127,6 +130,8 @@ def test_two_streams_over_one_model_do_not_mix() -> None:
     expected = [model(*sample) for sample in inputs]
     session = Session(ToyAdapter())
     boundary, reference = (Boundary(session, model, inputs, UNITS) for _ in range(2))
+    boundary.start()
+    reference.start()
     for unit in UNITS:
         reference.measure_unit(unit, hold=True)
         if unit != UNITS[-1]:
@@ -156,6 +161,7 @@ def test_code_outside_units_runs_inside_around() -> None:
         opened[0] = False
 
     boundary = Boundary(Session(ToyAdapter()), model, inputs, UNITS, around)
+    boundary.start()
     for unit in UNITS[:-1]:
         boundary.run_unit(unit, lambda: None)
     assert [one for one in seen if one is not True] == ["hooks of units run in the forward"] * 3

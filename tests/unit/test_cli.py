@@ -67,7 +67,9 @@ print(code, sorted(heavy & set(sys.modules)), sorted(commands), file=sys.stderr)
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - start
-    assert result.stderr == "0 [] ['modelslim.cli.errors', 'modelslim.cli.main', 'modelslim.cli.output']\n"
+    assert result.stderr == (
+        "0 [] ['modelslim.cli.errors', 'modelslim.cli.main', 'modelslim.cli.output', 'modelslim.cli.signals']\n"
+    )
     for name, line in COMMANDS.items():
         assert f"  {name.ljust(9)}{line}\n" in result.stdout
     assert seconds < 2  # 0.1 s on an idle machine; the promise is 0.3 s

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from modelslim import devices
-from modelslim.devices import has_integer_matmul, resolve_device, synchronize
+from modelslim.devices import has_integer_matmul, resolve_device, resolve_devices, synchronize
 from modelslim.errors import PluginError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_what_is_no_device_is_refused_with_the_grammar(machine: dict[str, int], 
     machine.update(cuda=2)
     with pytest.raises(UsageError, match="is not a device") as caught:
         resolve_device(text)
-    assert "write cpu, cuda, cuda:0, npu or npu:0" in caught.value.hint
+    assert "write cpu, cuda, cuda:0, npu or npu:0,1" in caught.value.hint
 
 
 def test_the_nearest_kind_is_offered(machine: dict[str, int]) -> None:
@@ -106,9 +106,26 @@ def test_the_message_says_what_this_machine_has(machine: dict[str, int]) -> None
         resolve_device("npu:0")
 
 
-def test_several_devices_are_refused_by_the_runner_that_uses_one(machine: dict[str, int]) -> None:
+def test_a_list_of_devices_is_one_for_each_rank(machine: dict[str, int]) -> None:
     machine.update(npu=8)
-    with pytest.raises(UsageError, match="lists 2 devices, and the layer_wise runner uses one") as caught:
+    assert resolve_devices("npu:2,3") == ["npu:2", "npu:3"]
+    assert resolve_devices("npu") == ["npu:0"]
+    assert resolve_devices("cpu") == ["cpu"] and resolve_devices("cpu", 3) == ["cpu"] * 3
+    assert resolve_devices("npu:4,5", 2) == ["npu:4", "npu:5"]
+    with pytest.raises(UsageError, match="does not exist: this machine has 8"):
+        resolve_devices("npu:7,8")
+
+
+def test_workers_share_the_cpu_only(machine: dict[str, int]) -> None:
+    machine.update(cuda=2)
+    with pytest.raises(UsageError, match="--workers 2 does not go with --device cuda:0") as caught:
+        resolve_devices("cuda:0", 2)
+    assert "--device cuda:0,1" in caught.value.hint
+
+
+def test_several_devices_are_refused_where_one_is_used(machine: dict[str, int]) -> None:
+    machine.update(npu=8)
+    with pytest.raises(UsageError, match="lists 2 devices, and one is used here") as caught:
         resolve_device("npu:2,3")
     assert caught.value.hint == "use --device npu:2"
     with pytest.raises(UsageError, match="lists an index twice"):

@@ -29,7 +29,8 @@ class Calls(Statistic):
         self.batches.append(x.clone())
 
     def merge(self, other: Statistic) -> None:
-        raise NotImplementedError
+        assert isinstance(other, Calls)
+        self.batches += other.batches
 
 
 ALL: frozenset[type[Statistic]] = frozenset({Calls, TensorRange, TokenCount})

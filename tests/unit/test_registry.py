@@ -84,7 +84,7 @@ def test_a_good_plugin_is_listed_with_its_distribution_and_loads(install: Instal
 
 def test_the_core_offers_its_own_runner_and_calibration_sets() -> None:
     registry = Registry.scan({"MODELSLIM_PLUGINS": ""})
-    assert registry.names("runners") == ["layer_wise"]
+    assert registry.names("runners") == ["dp_layer_wise", "layer_wise", "model_wise"]
     assert registry.resource("calibration", "modelslim") == Path(modelslim.__file__).parent / "calibration"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from modelslim.cli.signals import INTERRUPTED
 from modelslim.errors import (
     CapabilityError,
     DatasetError,
@@ -19,6 +20,7 @@ from modelslim.errors import (
     PluginError,
     ProtocolError,
     QuantizationError,
+    RankError,
     SaveError,
     UsageError,
     VerificationError,
@@ -29,10 +31,10 @@ FAILED = 1
 WRONG_INPUT = 2
 WRONG_PLUGIN = 3
 OUR_BUG = 70
-INTERRUPTED = 130
 
 EXIT_CODES: Sequence[tuple[type[BaseException], int]] = (
     (QuantizationError, FAILED),
+    (RankError, FAILED),
     (SaveError, FAILED),
     (VerificationError, FAILED),
     (UsageError, WRONG_INPUT),
@@ -90,7 +92,8 @@ def describe(error: BaseException) -> Report:
         hint = f"see `{context.command_path} --help`" if context is not None else ""
         return Report("UsageError", error.format_message(), hint)
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
-        return Report("Interrupted", "interrupted")
+        by = f" by {error}" if str(error) not in ("", "SIGINT") else ""
+        return Report("Interrupted", f"interrupted{by}")
     if is_out_of_memory(error):
         first, _, _ = str(error).partition("\n")
         return Report(

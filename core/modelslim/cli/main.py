@@ -13,6 +13,7 @@ import click
 from modelslim import __version__
 from modelslim.cli.errors import DONE, exit_code, wants_traceback
 from modelslim.cli.output import Output
+from modelslim.cli.signals import orderly_end
 from modelslim.errors import UsageError, nearest
 
 COMMANDS: Mapping[str, str] = {
@@ -78,7 +79,8 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     output = Output()
     try:
-        code = cli.main(arguments or ["--help"], standalone_mode=False, obj=output)
+        with orderly_end():
+            code = cli.main(arguments or ["--help"], standalone_mode=False, obj=output)
     except (Exception, KeyboardInterrupt) as error:
         if "--json" in arguments:  # a usage error may come before the option was read
             output.mode = "json"

@@ -61,6 +61,19 @@ device_option = option(
     "--device", default=None, help="cpu, cuda, cuda:1, npu or npu:1.  [default: the best that is there]"
 )
 
+devices_option = option(
+    "--device",
+    default=None,
+    help="cpu, cuda:1, or several that share the work, as in npu:0,1,2,3.  [default: the best that is there]",
+)
+
+workers_option = option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=None,
+    help="How many processes share the work on the CPU.  [default: 1]",
+)
+
 max_memory_option = option(
     "--max_memory",
     default=None,

@@ -9,7 +9,7 @@ import click
 
 from modelslim.cli.options import (
     config_path_option,
-    device_option,
+    devices_option,
     engine_option,
     json_option,
     max_memory_option,
@@ -17,6 +17,7 @@ from modelslim.cli.options import (
     model_type_option,
     tp_option,
     trust_remote_code_option,
+    workers_option,
 )
 from modelslim.cli.output import Output, pass_output
 
@@ -24,7 +25,8 @@ from modelslim.cli.output import Output, pass_output
 @click.command()
 @model_path_option
 @config_path_option
-@device_option
+@devices_option
+@workers_option
 @model_type_option
 @engine_option
 @tp_option
@@ -37,6 +39,7 @@ def command(
     model_path: Path,
     config_path: Path,
     device: str | None,
+    workers: int | None,
     model_type: str | None,
     engine: str | None,
     tp: int,
@@ -47,17 +50,19 @@ def command(
 
     Reads config.json, the headers of the weight files and the calibration data; no weight.
     """
-    from modelslim.devices import prepare_threads
+    from modelslim.devices import prepare_threads, resolve_devices
 
     prepare_threads()
     from modelslim.memory import peaks_in_words
     from modelslim.plan import make_plan
     from modelslim.plan_table import as_data, in_time, phase_rows, rows
 
+    devices = resolve_devices(device, workers)
     plan = make_plan(
         model_path,
         config_path,
-        device=device,
+        device=devices[0],
+        ranks=len(devices),
         model_type=model_type,
         trust_remote_code=trust_remote_code,
         engine=engine,
@@ -108,8 +113,8 @@ def command(
             ("time", f"about {in_time(plan.costs.seconds)}, as estimated for {plan.costs.machine.name}"),
             ("peak memory", f"about {peaks_in_words(plan.costs.peaks)}, beyond the program itself"),
             ("residency", plan.costs.residency),
-            ("device", plan.device),
-            ("runner", plan.runner),
+            ("device", ", ".join(dict.fromkeys(devices))),
+            ("runner", f"{plan.runner}: {plan.runner_why}"),
             ("adapter", plan.adapter),
             ("engine", data["engine"] or "not known"),
         ],

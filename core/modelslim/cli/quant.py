@@ -15,7 +15,7 @@ import click
 from modelslim.cli.convert import convert_and_show
 from modelslim.cli.options import (
     config_path_option,
-    device_option,
+    devices_option,
     engine_option,
     json_option,
     max_memory_option,
@@ -27,6 +27,7 @@ from modelslim.cli.options import (
     tp_option,
     trust_remote_code_option,
     verify_option,
+    workers_option,
 )
 from modelslim.cli.output import Output, pass_output
 
@@ -35,7 +36,8 @@ from modelslim.cli.output import Output, pass_output
 @model_path_option
 @save_path_option
 @config_path_option
-@device_option
+@devices_option
+@workers_option
 @model_type_option
 @engine_option
 @tp_option
@@ -52,6 +54,7 @@ def command(
     save_path: Path,
     config_path: Path,
     device: str | None,
+    workers: int | None,
     model_type: str | None,
     engine: str | None,
     tp: int,
@@ -71,12 +74,15 @@ def command(
     prepare_threads()
     from modelslim.cli.progress import progress
     from modelslim.convert_protocol import read_conversion
-    from modelslim.plan import make_plan
-    from modelslim.run import run_plan
+    from modelslim.launch import crew, is_first_process
+    from modelslim.run import plan_as, run_plan
     from modelslim.writer import check_save_path
 
     start = time.monotonic()
-    check_save_path(save_path, model_path)
+    if is_first_process():
+        check_save_path(save_path, model_path)
+    else:
+        output.mode = "quiet"
     asked = read_conversion(config_path)
     for warning in asked.warnings if asked else ():
         output.warn(warning)
@@ -99,22 +105,26 @@ def command(
         progress(output, "quantizing") as observers,
         redirect_stdout(sys.stderr),
     ):
-        plan = make_plan(
-            model_path,
-            config_path,
-            device=device,
-            model_type=model_type,
-            trust_remote_code=trust_remote_code,
-            engine=engine,
-            tp=tp,
-            max_memory=max_memory,
-            observers=observers,
-        )
-        for warning in plan.warnings:
-            output.warn(warning)
-        if max_memory is not None:
-            output.note(plan.costs.residency)
-        report = run_plan(plan, save_path, check=check, restart=restart, say=output.note)
+        planned = {
+            "model_path": str(model_path),
+            "config_path": str(config_path),
+            "model_type": model_type,
+            "trust_remote_code": trust_remote_code,
+            "engine": engine,
+            "tp": tp,
+            "max_memory": max_memory,
+        }
+        with crew(device, workers, {"save_path": str(save_path), "planned": planned}) as members:
+            plan = plan_as(members, planned, observers)
+            for warning in plan.warnings if members.rank == 0 else ():
+                output.warn(warning)
+            output.note(f"runner {plan.runner}: {plan.runner_why}")
+            if max_memory is not None:
+                output.note(plan.costs.residency)
+            with members.meet() as ranks:
+                report = run_plan(plan, save_path, check=check, restart=restart, say=output.note, ranks=ranks)
+    if not report:
+        return
     unseen = idle_experts(report)
     if unseen:
         borrowed = sum(len(unit.get("borrowed", ())) for unit in report["units"])

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from modelslim.activations import Boundary
+from modelslim.batches import batched
 from modelslim.devices import synchronize, work_alone
 from modelslim.edits import stored_edits
 from modelslim.kv_cache import QuantizedCache, attentions, open_places
@@ -21,10 +22,13 @@ from modelslim.memory import Trimmer
 from modelslim.plan import Plan
 from modelslim.ports import PortCollector
 from modelslim.quantized import QuantizedLinear
-from modelslim.result import ResultWriter
+from modelslim.ranks import ALONE, Ranks, merge_order
+from modelslim.result import RunOutput
 from modelslim.runners.finished import FinishedUnits
 from modelslim.runners.standing import in_place
+from modelslim.runners.stream import Stream
 from modelslim.runners.work import Outcome, UnitWork
+from modelslim.sampling import tokens_of
 from modelslim.spill import make_spill
 from modelslim.statistics import UnitStatistics
 
@@ -38,10 +42,14 @@ class Engine:
     Args:
         plan: the plan.
         writer: takes the result.
+        ranks: who shares the work; all run their engines on the same plan.
+        whole: hold all units from the start, instead of one after the other.
     """
 
-    def __init__(self, plan: Plan, writer: ResultWriter) -> None:
+    def __init__(self, plan: Plan, writer: RunOutput, ranks: Ranks = ALONE, whole: bool = False) -> None:
         self._plan = plan
+        self._ranks = ranks
+        self._whole = whole
         self._writer = writer
         self._units = list(plan.info.units)
         self._model = plan.session.init_model(plan.device) if plan.samples else plan.model
@@ -50,8 +58,8 @@ class Engine:
         self._loader = Loader(self._model, plan.checkpoint, plan.loader.sources, plan.device)
         self._last_pass = self._find_last_pass()
         self._done = len(writer.finished)
-        self._finished = FinishedUnits(plan, writer, self._model)
-        self._reference: Boundary | None = None
+        self._finished = FinishedUnits(plan, writer, self._model, ranks)
+        self._reference: Stream | None = None
         self._records: list[dict[str, Any]] = []
         self._written: set[str] = set()
 
@@ -65,28 +73,31 @@ class Engine:
         outside = self._work(OUTSIDE).collector()
         with torch.no_grad(), ThreadPoolExecutor(1, "reader", work_alone) as reader, outside, ExitStack() as stack:
             # The embeddings come and go before the first unit comes, so that they do not add up.
-            boundary = self._start(outside, stack) if self._done <= self._last_pass else None
-            first = 0 if boundary is not None else min(self._done, len(self._units))
+            stream = self._start(outside, stack) if self._done <= self._last_pass else None
+            first = 0 if stream is not None else min(self._done, len(self._units))
             for index in range(first):
                 self._skip(index)
-            ahead = reader.submit(self._loader.read, self._names(first)) if first < len(self._units) else None
+            if self._whole:
+                for index in range(first, len(self._units)):
+                    self._loader.install(self._loader.read(self._names(index)))
+            ahead = reader.submit(self._read, first) if first < len(self._units) else None
             trimmer = Trimmer()
             for index, unit in enumerate(self._units[first:], start=first):
                 assert ahead is not None
                 clock = _Clock(self._plan.device)
                 self._plan.session.unit_started(unit, index, self._total)
                 self._loader.install(ahead.result())
-                reading = partial(reader.submit, self._loader.read) if index + 1 < len(self._units) else None
-                ahead = reading(self._names(index + 1)) if reading and self._plan.costs.layout.ahead else None
+                following = index + 1 if index + 1 < len(self._units) else None
+                ahead = reader.submit(self._read, following) if following and self._plan.costs.layout.ahead else None
                 clock.lap("read")
-                if boundary is not None and index < self._done:
-                    self._pass_again(index, boundary, outside)
+                if stream is not None and index < self._done:
+                    self._pass_again(index, stream)
                 else:
-                    self._unit(index, boundary, outside, clock)
+                    self._unit(index, stream, clock)
                 trimmer.look()
-                if reading and ahead is None:
+                if following and ahead is None:
                     self._writer.wait()
-                    ahead = reading(self._names(index + 1))
+                    ahead = reader.submit(self._read, following)
             if self._plan.claimed(OUTSIDE):
                 if len(self._units) < self._done:
                     self._skip(len(self._units))
@@ -97,25 +108,41 @@ class Engine:
                 self._writer.put(OUTSIDE, {}, {}, {}, copies)
         return self._records
 
-    def _start(self, outside: PortCollector, stack: ExitStack) -> Boundary:
+    def _read(self, index: int) -> dict[str, Tensor]:
+        """What a unit holds, unless it is there already."""
+        return {} if self._whole else self._loader.read(self._names(index))
+
+    def _start(self, outside: PortCollector, stack: ExitStack) -> Stream:
         """Let every sample run to its first unit; twice when float outputs are wanted behind quantized units."""
         plan = self._plan
         self._loader.fill_on_demand(self._units)
         if plan.session.has("enable_kv_cache"):
             plan.session.enable_kv_cache(self._model, False)
         inputs = plan.session.handle_dataset(plan.samples, plan.device)
+        if not plan.replays:  # an algorithm that runs the unit itself counts samples
+            inputs = batched(inputs)
+        rounds = merge_order([tokens_of(one) for one in inputs], self._ranks.size)[self._ranks.rank]
+        numbers = [number for group in rounds for number in group]
+        place = {number: index for index, number in enumerate(numbers)}
+        own = [inputs[number] for number in numbers]
+        places = [[place[number] for number in group] for group in rounds]
         spill = make_spill(plan.costs.layout, self._writer.path, self._model, inputs)
         if spill is not None:
             stack.enter_context(closing(spill))
-        first = Boundary(plan.session, self._model, inputs, self._units, spill=spill)
-        boundary = stack.enter_context(closing(first))
-        outside.next_sample()
+
+        def stream(around: Callable[[], AbstractContextManager[None]], measured: PortCollector | None) -> Stream:
+            forwards = Boundary(plan.session, self._model, own, self._units, around, spill)
+            boundary = stack.enter_context(closing(forwards))
+            made = Stream(boundary, numbers, places, self._ranks, measured)
+            made.start()
+            return made
+
+        main = stream(nullcontext, outside)
         if plan.propagates_quantized and plan.replays:
-            reference = Boundary(plan.session, self._model, inputs, self._units, outside.paused, spill)
-            self._reference = stack.enter_context(closing(reference))
+            self._reference = stream(outside.paused, None)
         # Every sample has passed the embeddings, which weigh as much as several units.
         self._loader.release_filled()
-        return boundary
+        return main
 
     def _skip(self, index: int) -> None:
         """Take over what an earlier run has done for a unit, which no sample must pass."""
@@ -131,35 +158,35 @@ class Engine:
         self._records.append(dict(done.report))
         self._plan.session.unit_finished(done.unit, index, self._total, done.report)
 
-    def _pass_again(self, index: int, boundary: Boundary, outside: PortCollector) -> None:
+    def _pass_again(self, index: int, stream: Stream) -> None:
         """Let the samples pass a unit that an earlier run has finished, as they passed it then."""
         unit = self._units[index]
         work = self._work(unit)
         standing = self._finished.standing(index) if self._plan.propagates_quantized else None
         if standing is not None:
             if self._reference is not None:
-                self._reference.run_unit(unit, lambda: None)
+                self._reference.run(unit)
             for name, tensor in standing.edited.items():
                 self._model.get_parameter(name).copy_(tensor)
             modules = {name: module.to(self._plan.device) for name, module in standing.modules.items()}
             with in_place(self._model, modules):
-                boundary.run_unit(unit, outside.next_sample)
+                stream.run(unit)
         elif work.passes_source and not self._plan.propagates_quantized:
-            boundary.run_unit(unit, outside.next_sample)
+            stream.run(unit)
         else:  # what the samples passed is not kept, and the same work gives it again
-            work.calibrate(boundary, outside.next_sample, True, self._reference)
+            work.calibrate(stream, True, self._reference)
         if index + 1 < len(self._units):
             self._loader.release_filled()
         self._loader.release(self._names(index))
         self._take_over(index)
 
-    def _unit(self, index: int, boundary: Boundary | None, outside: PortCollector, clock: _Clock) -> None:
+    def _unit(self, index: int, stream: Stream | None, clock: _Clock) -> None:
         unit = self._units[index]
         work = self._work(unit)
-        if boundary is not None and index <= self._last_pass:
+        if stream is not None and index <= self._last_pass:
             # Behind the last unit lie the norm and the vocabulary projection, which cost as much as several units.
             resume = index + 1 < len(self._units) or self._last_pass == len(self._units)
-            outcome = work.calibrate(boundary, outside.next_sample, resume, self._reference)
+            outcome = work.calibrate(stream, resume, self._reference)
             if index + 1 < len(self._units):
                 # A forward that embeds its text behind the vision tower has filled the embeddings here.
                 self._loader.release_filled()
@@ -182,6 +209,15 @@ class Engine:
 
     def _write(self, unit: str, index: int, clock: _Clock, outcome: Outcome, stored: Sequence[str]) -> None:
         """Hand on what was quantized and edited, and what of the unit's tensors is left to copy."""
+        record = {"unit": unit, "seconds": clock.laps, **outcome.record}
+        self._records.append(record)
+        if self._ranks.is_first:
+            self._put(unit, clock, outcome, stored, record)
+        self._plan.session.unit_finished(unit, index, self._total, record)
+
+    def _put(
+        self, unit: str, clock: _Clock, outcome: Outcome, stored: Sequence[str], record: Mapping[str, Any]
+    ) -> None:
         modules: dict[str, QuantizedLinear] = {name: module.to("cpu") for name, module in outcome.modules.items()}
         caches: dict[str, QuantizedCache] = {name: one.to("cpu") for name, one in outcome.caches.items()}
         edited = dict(stored_edits(self._plan, self._model, outcome.edited))
@@ -190,10 +226,7 @@ class Engine:
         self._written.update(stored, gone)
         self._writer.wait()
         clock.lap("write")
-        record = {"unit": unit, "seconds": clock.laps, **outcome.record}
-        self._records.append(record)
         self._writer.put(unit, modules, caches, edited, copies, sorted(outcome.edited), record)
-        self._plan.session.unit_finished(unit, index, self._total, record)
 
     def _replaced(self, modules: Iterable[str], edited: Iterable[str]) -> set[str]:
         """Stored tensors in whose place others were written."""
@@ -201,7 +234,7 @@ class Engine:
         return {key for name in parameters for key in self._plan.stored_keys(name)}
 
     def _work(self, unit: str) -> UnitWork:
-        return UnitWork(self._plan, self._model, unit)
+        return UnitWork(self._plan, self._model, unit, self._ranks)
 
     @property
     def _total(self) -> int:

@@ -18,7 +18,8 @@ from modelslim.experts import ExpertLinear
 from modelslim.kv_cache import QuantizedCache
 from modelslim.plan import Plan
 from modelslim.quantized import QuantizedLinear
-from modelslim.result import ResultWriter, read_small_parts, state_digest
+from modelslim.ranks import ALONE, Ranks
+from modelslim.result import RunOutput, read_small_parts, state_digest
 from modelslim.saved_experts import SavedExperts
 from modelslim.saver import SavedCache, SavedLinear
 from modelslim.writer import write_json
@@ -44,12 +45,14 @@ class FinishedUnits:
         plan: the plan.
         writer: has taken over the earlier run's result.
         model: the run's model, on meta.
+        ranks: who shares the run; all do the same with a unit.
     """
 
-    def __init__(self, plan: Plan, writer: ResultWriter, model: nn.Module) -> None:
+    def __init__(self, plan: Plan, writer: RunOutput, model: nn.Module, ranks: Ranks = ALONE) -> None:
         self._plan = plan
         self._writer = writer
         self._model = model
+        self._ranks = ranks
 
     def standing(self, index: int) -> Standing | None:
         """What stood in a unit, to the bit; None where the format has not kept it so.
@@ -57,9 +60,16 @@ class FinishedUnits:
         Args:
             index: number of the unit, which must be loaded.
         """
+        found = self._read(index)
+        everywhere = all(self._ranks.gather(found is not None))  # a host may lack the directory
+        return found if everywhere else None
+
+    def _read(self, index: int) -> Standing | None:
         unit = self._writer.finished[index]
         if unit.report is None or "fell_back" in unit.report:
             return None  # a linear that is float again may have been multiplied and divided, which rounds
+        if not self._writer.path.is_dir():
+            return None
         with Checkpoint(self._writer.path, self._writer.stored) as saved:
             edited = {name: self._edited(name, saved) for name in unit.edited}
             kept = {name: tensor for name, tensor in edited.items() if tensor is not None}

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from modelslim.activations import Boundary
 from modelslim.algorithm import Unit
 from modelslim.coverage import cover
 from modelslim.errors import ModelError, QuantizationError
@@ -22,7 +21,10 @@ from modelslim.plan_checks import Step, with_held_scales
 from modelslim.ports import Kinds, PortCollector
 from modelslim.quality import Quality, float_outputs, judge
 from modelslim.quantized import QuantizedLinear
+from modelslim.ranks import ALONE, Ranks
+from modelslim.runners.shares import Shares
 from modelslim.runners.standing import in_place
+from modelslim.runners.stream import Stream, gathered_calls
 from modelslim.statistics import ChannelRange, RowSample, TensorRange, UnitStatistics, follows_rescaling
 from modelslim.types import ProcessRequest, QuantSpec
 
@@ -56,14 +58,16 @@ class UnitWork:
         plan: the plan.
         model: the model in which the unit is, or will be, loaded.
         unit: its name; empty for what lies outside the units.
+        ranks: who shares the work.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, unit: str) -> None:
+    def __init__(self, plan: Plan, model: nn.Module, unit: str, ranks: Ranks = ALONE) -> None:
         self._plan = plan
         self._model = model
         self._unit = unit
+        self._ranks = ranks
         self._claimed = plan.claimed(unit)
-        self._views: list[View] = [(step, step.unit(unit, model)) for step in plan.steps]
+        self._views: list[View] = [(step, replace(step.unit(unit, model), ranks=ranks)) for step in plan.steps]
         self._passes = list(_passes(self._views))
         self._replays = any(step.replays(view) for step, view in self._views)
 
@@ -81,24 +85,17 @@ class UnitWork:
         """Measures what the first pass needs."""
         return self._collector(self._passes[0])
 
-    def calibrate(
-        self,
-        boundary: Boundary,
-        after_sample: Callable[[], None],
-        resume: bool,
-        reference: Boundary | None = None,
-    ) -> Outcome:
+    def calibrate(self, stream: Stream, resume: bool, reference: Stream | None = None) -> Outcome:
         """Measure on the samples that wait at the unit, work on it, and let them go on.
 
         Args:
-            boundary: the samples.
-            after_sample: called when a sample has passed the unit.
+            stream: the samples.
             resume: False to leave the samples at this unit, when nothing behind it is wanted.
             reference: the same samples, which pass float units only; for algorithms that replay, where
-                ``boundary`` passes quantized ones.
+                ``stream`` passes quantized ones.
         """
         if reference is not None:
-            reference.measure_unit(self._unit, hold=True)
+            reference.measure(self._unit, hold=True)
         layers = {
             name: module
             for name, module in self._model.get_submodule(self._unit).named_modules(prefix=self._unit)
@@ -118,35 +115,32 @@ class UnitWork:
             ports = self._collector(group)
             last = index + 1 == len(self._passes) and not quantized and not replays
 
-            def passed(ports: PortCollector = ports) -> None:
-                ports.next_sample()
-                after_sample()
-
             with ports, _showing(layers, group, self._plan.protocol.experts):
                 if last:
-                    tokens = boundary.run_unit(self._unit, passed, resume)
+                    tokens = stream.run(self._unit, ports, resume)
                 else:
-                    tokens = boundary.measure_unit(self._unit, passed, hold=replays and not quantized and index == 0)
+                    tokens = stream.measure(self._unit, ports, hold=replays and not quantized and index == 0)
             if index == 0:
-                experts = {name: {"tokens": layer.tokens_seen} for name, layer in layers.items() if tokens}
+                experts = {name: {"tokens": self._sum(layer.tokens_seen)} for name, layer in layers.items() if tokens}
             if tokens:
                 borrowed = cover(ports, list(_needs(group)), self._plan.protocol.experts)
             statistics = ports.statistics()
+            shares = Shares(self._views[0][1].linears, self._claimed, statistics, self._ranks)
             with ExitStack() as stack:
-                for one in {boundary, reference or boundary} if replays else ():
+                for one in {stream, reference or stream} if replays else ():
                     stack.enter_context(one.awake())
-                calls = self._calls(boundary, reference or boundary) if replays else ((), ())
-                self._apply(group, statistics, outcome, calls, (self._sampled(ports), expected))
+                calls = self._calls(stream, reference or stream) if replays else ((), ())
+                self._apply(group, statistics, outcome, calls, (shares.own(self._sampled(ports)), expected), shares)
                 del calls
-        qualities = judge(outcome.modules, statistics, expected)
+        qualities = self._judge(outcome.modules, statistics, expected)
         self._fall_back(qualities, statistics, expected, outcome)
         self._finish(outcome)
         if reference is not None and resume:
-            reference.run_unit(self._unit, lambda: None)
+            reference.run(self._unit)
         if quantized or (replays and resume):
             standing = {**outcome.modules, **outcome.caches} if quantized else {}
             with in_place(self._model, standing):
-                boundary.run_unit(self._unit, after_sample, resume)
+                stream.run(self._unit, resume=resume)
         for linear in self._views[0][1].linears.values():
             drop_input_multiplier(linear)
         outcome.record |= {
@@ -173,6 +167,7 @@ class UnitWork:
         outcome: Outcome,
         calls: Calls = ((), ()),
         judged: tuple[Mapping[str, nn.Module], dict[str, Tensor]] | None = None,
+        shares: Shares | None = None,
     ) -> None:
         """Run the algorithms of a pass.
 
@@ -183,25 +178,42 @@ class UnitWork:
             calls: for those that replay, and the outputs of the float model.
             judged: linears whose outputs are wanted, and where they go. They are taken when the linear is about
                 to be quantized: smoothing may have divided them.
+            shares: which linears this rank works on, where others work on the rest; None to work on all.
         """
+        shares = shares or Shares(self._views[0][1].linears, self._claimed, statistics, self._ranks)
         linears, outputs = judged or ({}, {})
         for step, seen in group:
             outputs.update(float_outputs({name: linears[name] for name in seen.specs if name in linears}, statistics))
             view = replace(seen, calls=calls[0], targets=calls[1]) if step.algorithm.replays else seen
-            for name, module in step.algorithm.apply(view, statistics).items():
-                outcome.modules[name] = _checked(name, module)
+            own = replace(view, specs=shares.own(view.specs)) if step.algorithm.separable else view
+            modules = {name: _checked(name, one) for name, one in step.algorithm.apply(own, statistics).items()}
+            outcome.modules.update(shares.all(modules, view.specs) if step.algorithm.separable else modules)
             outcome.caches.update(step.algorithm.quantize_caches(view, statistics))
             outcome.edited |= step.algorithm.edits(view)
 
-    def _calls(self, boundary: Boundary, reference: Boundary) -> Calls:
+    def _calls(self, stream: Stream, reference: Stream) -> Calls:
         """The calls of the unit, and what the float model gives for them."""
-        calls, held = boundary.waiting(self._unit), reference.held
+        calls, held = stream.waiting(self._unit), reference.held()
         if calls.keys() != held.keys():
             raise ModelError(
                 f"other samples enter {self._unit} when the units before it are quantized",
                 hint="say propagation: float in spec",
             )
-        return list(calls.values()), [held[index] for index in calls]
+        unit = ProcessRequest(self._unit, self._model.get_submodule(self._unit))
+        found = gathered_calls(unit, {number: (call, held[number]) for number, call in calls.items()}, self._ranks)
+        return [call for call, _ in found], [output for _, output in found]
+
+    def _judge(
+        self, modules: Mapping[str, QuantizedLinear], statistics: UnitStatistics, expected: Mapping[str, Tensor]
+    ) -> dict[str, Quality]:
+        """The quality of linears, each judged by the rank that has its float output."""
+        own = {name: quality.as_data() for name, quality in judge(modules, statistics, expected).items()}
+        found = {name: Quality(**data) for part in self._ranks.gather(own) for name, data in part.items()}
+        return {name: found[name] for name in modules if name in found}
+
+    def _sum(self, tokens: Sequence[int]) -> list[int]:
+        """Of all ranks."""
+        return [sum(counts) for counts in zip(*self._ranks.gather(list(tokens)), strict=True)]
 
     def _finish(self, outcome: Outcome) -> None:
         """What is known once every linear has found its form."""
@@ -245,7 +257,7 @@ class UnitWork:
                 again = replace(view, specs=dict.fromkeys(names, spec))
                 made = {name: _checked(name, one) for name, one in rule.algorithm.apply(again, statistics).items()}
                 outcome.modules.update(made)
-                qualities.update(judge(made, statistics, expected))
+                qualities.update(self._judge(made, statistics, expected))
                 for name in made:
                     fallen[name]["to"] = spec.scheme
         if fallen:

@@ -285,7 +285,7 @@ class AlgorithmContract:
         """As when devices measure a part of the samples each; edited weights may differ by rounding in float32."""
         algorithm = algorithm_class.from_config(config)
         if algorithm.replays:
-            pytest.skip("the algorithm runs the unit itself: devices share out units, not samples")
+            pytest.skip("the algorithm runs the unit itself, on the calls of all ranks")
         benches = [_bench(algorithm, linears, layer) for _ in range(2)]
         results = []
         for bench, parts in zip(benches, ((slice(None),), (slice(1), slice(1, None))), strict=True):
@@ -298,6 +298,21 @@ class AlgorithmContract:
         assert results[0] == results[1]
         for one, other in zip(*(bench.module.parameters() for bench in benches), strict=True):
             assert _apart(one, other) <= TOLERANCE
+
+    def test_linears_of_one_input_can_be_worked_on_apart(
+        self, config: Mapping[str, Any], algorithm_class: type[Algorithm], linears: Mapping[str, nn.Linear]
+    ) -> None:
+        """As ranks do that share the work on a unit, when the algorithm says that it is separable."""
+        algorithm = algorithm_class.from_config(config)
+        if not algorithm.separable:
+            pytest.skip("the algorithm is not separable: every rank does its work")
+        bench = side_by_side(linears)
+        unit = bench.unit(algorithm)
+        whole = algorithm.apply(unit, bench.measure(algorithm.needs(unit)))
+        for name, spec in unit.specs.items():
+            part = algorithm.apply(replace(unit, specs={name: spec}), bench.measure(algorithm.needs(unit)))
+            assert part.keys() == {name}
+            assert dict(_state(part[name])) == dict(_state(whole[name]))
 
     def test_outputs_are_no_worse_than_those_of_rounding_to_nearest(
         self,

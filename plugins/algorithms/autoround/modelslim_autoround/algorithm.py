@@ -116,7 +116,7 @@ class AutoRoundQuant(Algorithm):
         calls, targets = (choose_samples(one, training.samples) for one in (unit.calls, unit.targets))
         simulated = {name: _simulated(unit.linears[name], weight, roundings[name]) for name, weight in weights.items()}
         with _in_place(unit, simulated):
-            descent = Descent(unit.name, list(weights.values()), calls, targets, training)
+            descent = Descent(unit.name, list(weights.values()), calls, targets, training, unit.ranks)
             descent.keep_best()
             if training.start != "minmax":
                 self._start(unit, weights, statistics)
@@ -128,6 +128,8 @@ class AutoRoundQuant(Algorithm):
     def _start(self, unit: Unit, weights: Mapping[str, TrainedWeight], statistics: UnitStatistics) -> None:
         """Begin with ranges, and for ``gptq`` with values, that suit the inputs."""
         factors: dict[int, Factor] = {}
+        own: dict[str, list[Tensor | None]] = {}
+        turns: dict[int | str, int] = {}
         for name, weight in weights.items():
             linear, spec = unit.linears[name], unit.specs[name].weight
             matrix: Tensor | None = None
@@ -138,13 +140,23 @@ class AutoRoundQuant(Algorithm):
                 energy = _energy(name, linear, statistics)
             if energy is None:  # no sample reached it
                 continue
+            # Linears that read the same tensor share its factor, and so a rank.
+            if (
+                turns.setdefault(name if matrix is None else id(matrix), len(turns)) % unit.ranks.size
+                != unit.ranks.rank
+            ):
+                continue
             ratios = best_ratios(_weight(linear), spec, energy)
-            weight.start_at(ratios, ratios.clone())
+            moved: Tensor | None = None
             if matrix is not None:
-                if id(matrix) not in factors:  # linears that read the same tensor share it
+                weight.start_at(ratios, ratios.clone())
+                if id(matrix) not in factors:
                     factors[id(matrix)] = factor(matrix, name)
                 moved = moved_values(_weight(linear), factors[id(matrix)], *weight.scale(), spec)
-                weight.start_at(ratios, ratios.clone(), moved)
+            own[name] = [ratios, moved]
+        for part in unit.ranks.gather(own):
+            for name, (ratios, moved) in part.items():
+                weights[name].start_at(ratios, ratios.clone(), moved)
 
 
 def _energy(name: str, linear: nn.Module, statistics: UnitStatistics) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelslim.api import ProcessRequest, QuantizationError
+from modelslim.api import ALONE, ProcessRequest, QuantizationError, Ranks
 from modelslim_autoround.config import Training
 from modelslim_autoround.weight import State, TrainedWeight
 
@@ -43,6 +43,7 @@ class Descent:
         calls: what the unit is called with.
         targets: what it should return for each.
         training: how.
+        ranks: who shares the work; all of them descend together.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Descent:
         calls: Sequence[ProcessRequest],
         targets: Sequence[Any],
         training: Training,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._unit = unit
+        self._ranks = ranks
         self._weights = weights
         self._calls = calls
         self._targets = [tensors(target) for target in targets]
@@ -82,7 +85,9 @@ class Descent:
             weight.refresh()
         chosen = range(0, len(self._calls), max(1, len(self._calls) // _JUDGED))
         with torch.no_grad():
-            error = torch.stack([self._error(index) for index in chosen]).sum().item()
+            own = {index: float(self._error(index)) for index in chosen if self._is_own(index // chosen.step)}
+        found = {index: error for part in self._ranks.gather(own) for index, error in part.items()}
+        error = math.fsum(found.values())
         if not math.isfinite(error):
             raise QuantizationError(
                 f"{self._unit}: its output holds NaN or infinity during calibration",
@@ -93,20 +98,36 @@ class Descent:
     def run(self) -> None:
         """Do all steps."""
         training = self._training
-        leaves = [weight.value for weight in self._weights]
         order = self._order()
         for step in range(training.iters):
             for weight in self._weights:
                 weight.refresh()
             with torch.enable_grad():
-                for _ in range(min(training.batch_size, len(self._calls))):
-                    torch.autograd.backward(self._error(next(order)), inputs=leaves)
+                self._add_gradients([next(order) for _ in range(min(training.batch_size, len(self._calls)))])
             left = 1 - step / training.iters
             for weight in self._weights:
                 weight.step(
                     training.lr * left if training.round_tuning else 0.0,
                     training.minmax_lr * left if training.minmax_tuning and step % _RANGE_EVERY == 0 else 0.0,
                 )
+
+    def _add_gradients(self, batch: Sequence[int]) -> None:
+        """Those of the errors of these calls, added up in their order."""
+        leaves = [weight.value for weight in self._weights]
+        own = {
+            place: list(torch.autograd.grad(self._error(index), leaves, allow_unused=True))
+            for place, index in enumerate(batch)
+            if self._is_own(place)
+        }
+        found = {place: gradients for part in self._ranks.gather(own) for place, gradients in part.items()}
+        for place in range(len(batch)):
+            for leaf, gradient in zip(leaves, found[place], strict=True):
+                if gradient is not None:  # of an expert layer that no token of the call entered
+                    leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+
+    def _is_own(self, place: int) -> bool:
+        """True for this rank's part of several calls."""
+        return place % self._ranks.size == self._ranks.rank
 
     def _order(self) -> Iterator[int]:
         """Numbers of calls, each once before one comes again."""

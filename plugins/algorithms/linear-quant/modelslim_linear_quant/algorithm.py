@@ -35,6 +35,7 @@ class LinearQuant(Algorithm):
     """Quantizes the selected linears to one scheme. Activations are static or computed per token."""
 
     takes_experts = True
+    separable = True
 
     def __init__(self, config: LinearQuantConfig) -> None:
         self._config = config

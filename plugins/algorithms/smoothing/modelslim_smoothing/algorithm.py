@@ -10,12 +10,14 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from modelslim.api import (
+    ALONE,
     Algorithm,
     CapabilityError,
     LinearInfo,
     Pattern,
     Problem,
     QuantSpec,
+    Ranks,
     Statistic,
     Unit,
     UnitStatistics,
@@ -46,8 +48,8 @@ class Smoothing(Algorithm):
         self._excluded: frozenset[str] = frozenset()
 
     @abstractmethod
-    def scale(self, site: Site, statistics: UnitStatistics) -> tuple[Tensor, Tensor | None]:
-        """The scale of a subgraph as ``Site.limit`` answers it, and the shift or None."""
+    def scale(self, site: Site, statistics: UnitStatistics, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor | None]:
+        """The scale of a subgraph as ``Site.limit`` answers it, and the shift or None; ranks share a search."""
 
     def patterns(self) -> Sequence[Pattern]:
         """``include`` and ``exclude``."""
@@ -97,7 +99,7 @@ class Smoothing(Algorithm):
     def apply(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, nn.Module]:
         """Fold a scale into every subgraph."""
         for site in self._sites(unit):
-            site.fold(*self.scale(site, statistics), statistics)
+            site.fold(*self.scale(site, statistics, unit.ranks), statistics)
         return {}
 
     def _sites(self, unit: Unit) -> list[Site]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from modelslim.api import ChannelAbsMean, ChannelRange, RowSample, Statistic, UnitStatistics
+from modelslim.api import ALONE, ChannelAbsMean, ChannelRange, Ranks, RowSample, Statistic, UnitStatistics
 from modelslim_smoothing.algorithm import Smoothing
 from modelslim_smoothing.config import Choice, Rounding
 from modelslim_smoothing.scales import salient
@@ -35,9 +35,9 @@ class Awq(Smoothing):
         rounding = Rounding.parse({"weight": config["weight_qconfig"]}, ("weight_qconfig",))
         return cls(Choice.parse(config), config.get("n_grid", 20), rounding)
 
-    def scale(self, site: Site, statistics: UnitStatistics) -> tuple[Tensor, Tensor | None]:
+    def scale(self, site: Site, statistics: UnitStatistics, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor | None]:
         """By one search."""
         a = site.means(statistics)
         scales = site.limit(salient(a, exponents(self._steps, a, last=False)))
-        best, _ = search(trials(site, statistics), scales, self.rounding.spec, self.rounding.steps)
+        best, _ = search(trials(site, statistics), scales, self.rounding.spec, self.rounding.steps, ranks)
         return scales[best], None

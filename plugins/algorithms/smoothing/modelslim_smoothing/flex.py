@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from modelslim.api import ChannelAbsMean, ChannelRange, RowSample, Statistic, UnitStatistics
+from modelslim.api import ALONE, ChannelAbsMean, ChannelRange, Ranks, RowSample, Statistic, UnitStatistics
 from modelslim_smoothing.algorithm import Smoothing
 from modelslim_smoothing.config import Choice, Rounding
 from modelslim_smoothing.scales import balance
@@ -40,7 +40,7 @@ class FlexSmoothQuant(Smoothing):
         rounding = Rounding.parse(config["qconfig"], ("qconfig",)) if "qconfig" in config else Rounding()
         return cls(Choice.parse(config), config.get("alpha"), config.get("beta"), rounding)
 
-    def scale(self, site: Site, statistics: UnitStatistics) -> tuple[Tensor, Tensor | None]:
+    def scale(self, site: Site, statistics: UnitStatistics, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor | None]:
         """By two searches at most."""
         low, high = site.ranges(statistics)
         a, w = torch.maximum(-low, high), site.weights()
@@ -51,10 +51,10 @@ class FlexSmoothQuant(Smoothing):
         values = exponents(_STEPS, a)
         if alpha is None:
             scales = site.limit(balance(a, w, values, 1 - values if beta is None else beta))
-            alpha = values[search(tried, scales, rounding.spec, rounding.steps)[0]]
+            alpha = values[search(tried, scales, rounding.spec, rounding.steps, ranks)[0]]
         if beta is None:
             scales = site.limit(balance(a, w, alpha, values))
-            beta = values[search(tried, scales, rounding.spec, rounding.steps)[0]]
+            beta = values[search(tried, scales, rounding.spec, rounding.steps, ranks)[0]]
         return site.limit(balance(a, w, alpha, beta)), None
 
 
@@ -78,11 +78,11 @@ class FlexAwqSsz(Smoothing):
         rounding = Rounding.parse(config["qconfig"], ("qconfig",))
         return cls(Choice.parse(config), config.get("alpha"), config.get("beta") or 0.0, rounding)
 
-    def scale(self, site: Site, statistics: UnitStatistics) -> tuple[Tensor, Tensor | None]:
+    def scale(self, site: Site, statistics: UnitStatistics, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor | None]:
         """By one search at most."""
         a, w = site.means(statistics), site.weights()
         if self._alpha is not None:
             return site.limit(balance(a, w, self._alpha, self._beta)), None
         scales = site.limit(balance(a, w, exponents(_STEPS, a), self._beta))
-        best, _ = search(trials(site, statistics), scales, self.rounding.spec, self.rounding.steps)
+        best, _ = search(trials(site, statistics), scales, self.rounding.spec, self.rounding.steps, ranks)
         return scales[best], None

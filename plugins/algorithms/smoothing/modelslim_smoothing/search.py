@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modelslim.api import ExpertLinear, QuantSpec, UnitStatistics
+from modelslim.api import ALONE, ExpertLinear, QuantSpec, Ranks, UnitStatistics
 from modelslim_smoothing.rounding import round_input, round_weight
 from modelslim_smoothing.site import Site
 
@@ -58,7 +58,9 @@ def trials(site: Site, statistics: UnitStatistics) -> list[Trial]:
     ]
 
 
-def search(tried: Iterable[Trial], scales: Tensor, spec: QuantSpec, steps: int = 0) -> tuple[int, Tensor]:
+def search(
+    tried: Iterable[Trial], scales: Tensor, spec: QuantSpec, steps: int = 0, ranks: Ranks = ALONE
+) -> tuple[int, Tensor]:
     """Find the best of several scales.
 
     Args:
@@ -66,14 +68,23 @@ def search(tried: Iterable[Trial], scales: Tensor, spec: QuantSpec, steps: int =
         scales: [grid, channels], or [grid, experts, channels].
         spec: how weights and inputs are going to be quantized.
         steps: see ``round_weight``.
+        ranks: who shares the work; all of them search for the same.
 
     Returns:
         number of the best one, the last of equals; and the relative squared errors, float64 [grid].
     """
-    total = torch.zeros(len(scales), dtype=torch.float64)
+    found = []
     for trial in tried:
         own = scales if trial.expert is None else scales[:, trial.expert]
-        total += errors(trial, own, spec, steps).to("cpu", torch.float64)
+        parts = torch.split(own, _at_once(trial))
+        turn = range(len(found), len(found) + len(parts))
+        found += [
+            errors(trial, part, spec, steps).to("cpu", torch.float64) if number % ranks.size == ranks.rank else None
+            for number, part in zip(turn, parts, strict=True)
+        ]
+    everywhere = ranks.gather(found)
+    done = [everywhere[number % ranks.size][number].to("cpu") for number in range(len(found))]
+    total = torch.cat(done).view(-1, len(scales)).sum(0) if done else torch.zeros(len(scales), dtype=torch.float64)
     best = len(total) - 1 - int(total.flip(0).argmin())
     return best, total
 
@@ -90,14 +101,18 @@ def errors(trial: Trial, scales: Tensor, spec: QuantSpec, steps: int = 0) -> Ten
     Returns:
         [grid].
     """
-    at_once = max(1, _BLOCK // max(trial.weight.numel(), trial.x.numel()))
     found = []
-    for s in torch.split(scales, at_once):
+    for s in torch.split(scales, _at_once(trial)):
         weight = round_weight(trial.weight * s.unsqueeze(-2), spec.weight, steps)
         x = round_input(trial.x / s.unsqueeze(-2), trial.low / s, trial.high / s, spec.activation)
         difference = x @ weight.transpose(-1, -2) - trial.outputs
         found.append(difference.square_().sum(-2) @ trial.importance)
     return torch.cat(found)
+
+
+def _at_once(trial: Trial) -> int:
+    """How many scales are worked on at once."""
+    return max(1, _BLOCK // max(trial.weight.numel(), trial.x.numel()))
 
 
 def exponents(steps: int, scale: Tensor, *, last: bool = True) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from modelslim.api import ChannelRange, Statistic, UnitStatistics
+from modelslim.api import ALONE, ChannelRange, Ranks, Statistic, UnitStatistics
 from modelslim_smoothing.algorithm import Smoothing
 from modelslim_smoothing.config import Choice
 from modelslim_smoothing.scales import TINY, balance, centre
@@ -41,7 +41,7 @@ class IterSmooth(Smoothing):
             symmetric=config.get("symmetric", True),
         )
 
-    def scale(self, site: Site, statistics: UnitStatistics) -> tuple[Tensor, Tensor | None]:
+    def scale(self, site: Site, statistics: UnitStatistics, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor | None]:
         """By the formula."""
         low, high = site.ranges(statistics)
         shift = centre(low, high) if self.shifts and site.is_norm else None

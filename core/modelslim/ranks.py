@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes that share a run, and what they say to each other.
+
+Every rank runs the same plan on samples of its own. All that they exchange is exchanged by all of them in
+the same order; what is summed is summed in the order of the samples, never in that of the ranks, so that
+their number changes no bit of the result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelslim.devices import communication_backend, set_device
+from modelslim.errors import RankError
+from modelslim.wire import put_together, take_apart
+
+_CHUNK = 64 << 20  # bytes sent at once
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run, as one of them sees them.
+
+    Attributes:
+        rank: the number of this one; 0 writes the result and talks to the user.
+        size: how many there are.
+        device: where its tensors are.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    @property
+    def is_first(self) -> bool:
+        """True for the rank that writes."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has to say, by rank.
+
+        Args:
+            value: of tensors, plain values, and tuples, lists and mappings of them. Tensors keep dtype and shape,
+                and come back on this rank's device.
+
+        Raises:
+            RankError: another rank has ended.
+        """
+        return [self.share(value if rank == self.rank else None, rank) for rank in range(self.size)]
+
+    def share(self, value: Any, source: int = 0) -> Any:
+        """What one rank has to say, at all of them.
+
+        Args:
+            value: see ``gather``; only that of the source counts.
+            source: its number.
+        """
+        if self.size == 1:
+            return value
+        with _explained():
+            if source == self.rank:
+                tensors: dict[int, Tensor] = {}
+                parts = take_apart(value, tensors)
+                shapes = [[key, str(one.dtype).removeprefix("torch."), list(one.shape)] for key, one in tensors.items()]
+                self._send_text(json.dumps([parts, shapes]), source)
+                for bundle in _bundles([_nbytes(one) for one in tensors.values()]):
+                    self._send(_packed([list(tensors.values())[index] for index in bundle], self.device), source)
+                return value
+            parts, shapes = json.loads(self._send_text("", source))
+            empty = [torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for _, dtype, shape in shapes]
+            received: dict[int, Tensor] = {}
+            for bundle in _bundles([_nbytes(one) for one in empty]):
+                size = sum(_padded(_nbytes(empty[index])) for index in bundle)
+                data = torch.empty(size, dtype=torch.uint8, device=self.device)
+                self._send(data, source)
+                for index, piece in zip(bundle, data.split([_padded(_nbytes(empty[i])) for i in bundle]), strict=True):
+                    like = empty[index]
+                    received[shapes[index][0]] = piece[: _nbytes(like)].view(like.dtype).view(like.shape)
+            return put_together(parts, received)
+
+    def wait(self) -> None:
+        """Go on when all ranks have come here."""
+        self.gather(None)
+
+    def _send_text(self, text: str, source: int) -> str:
+        data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        length = torch.tensor([data.numel()])
+        torch.distributed.broadcast(length, source)
+        if source != self.rank:
+            data = torch.empty(int(length), dtype=torch.uint8)
+        torch.distributed.broadcast(data, source)
+        return data.numpy().tobytes().decode()
+
+    def _send(self, data: Tensor, source: int) -> None:
+        """Broadcast bytes, which every backend knows."""
+        for piece in data.split(_CHUNK):
+            torch.distributed.broadcast(piece, source)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _padded(nbytes: int) -> int:
+    """Each tensor begins where one of any dtype may."""
+    return -(-nbytes // 8) * 8
+
+
+def _bundles(sizes: Sequence[int]) -> list[list[int]]:
+    """Neighbours that are sent at once: a message costs as much as thousands of bytes."""
+    bundles: list[list[int]] = []
+    free = 0
+    for index, size in enumerate(sizes):
+        if size > free or not bundles:
+            bundles.append([])
+            free = _CHUNK
+        bundles[-1].append(index)
+        free -= size
+    return bundles
+
+
+def _packed(tensors: Sequence[Tensor], device: str) -> Tensor:
+    """Their bytes, one after the other."""
+    pieces = []
+    for tensor in tensors:
+        data = tensor.detach().to(device).contiguous().view(-1).view(torch.uint8)
+        pieces += [data, data.new_zeros(_padded(data.numel()) - data.numel())]
+    return torch.cat(pieces)
+
+
+ALONE = Ranks()
+"""A run in one process."""
+
+
+@contextmanager
+def joined(rank: int, size: int, device: str, meeting: Path | None = None) -> Iterator[Ranks]:
+    """Be one of several ranks while this is open.
+
+    Args:
+        rank: number of this one.
+        size: how many there are.
+        device: where its tensors are.
+        meeting: a file through which ranks of one machine find each other; None when ``MASTER_ADDR`` and
+            ``MASTER_PORT`` say where, as torchrun does.
+
+    Raises:
+        RankError: they do not meet.
+    """
+    if size == 1:
+        yield Ranks(device=device)
+        return
+    set_device(device)
+    with _explained():
+        torch.distributed.init_process_group(
+            communication_backend(device),
+            init_method="env://" if meeting is None else meeting.as_uri(),
+            rank=rank,
+            world_size=size,
+        )
+    try:
+        yield Ranks(rank, size, device)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def merge_order(tokens: Sequence[int], size: int) -> list[list[list[int]]]:
+    """Samples in the groups whose sums are added up one after the other, whoever computes them.
+
+    Args:
+        tokens: of each sample.
+        size: number of ranks.
+
+    Returns:
+        By rank the rounds, in each of which the rank works on one group: numbers of samples, none in the last
+        round of some. The groups do not depend on the number of ranks.
+    """
+    least = max(_GROUP, -(-sum(tokens) // _GROUPS))
+    groups: list[list[int]] = [[]]
+    weight = 0
+    for number, count in enumerate(tokens):
+        if weight >= least:
+            groups.append([])
+            weight = 0
+        groups[-1].append(number)
+        weight += count
+    rounds = -(-len(groups) // size)
+    groups += [[] for _ in range(rounds * size - len(groups))]
+    return [groups[rank::size] for rank in range(size)]
+
+
+_GROUP = 1024
+"""Tokens of a group at least: summing up second moments then costs little beside making them."""
+_GROUPS = 64
+"""Groups at most."""
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what a broken connection means."""
+    try:
+        yield
+    except torch.distributed.DistBackendError as error:
+        raise _ended(error) from error
+    except RuntimeError as error:
+        words = ("Connection closed", "Connection reset", "Broken pipe", "timed out", "Timed out", "recv", "send")
+        if not any(word in str(error) for word in words):
+            raise
+        raise _ended(error) from error
+
+
+def _ended(error: Exception) -> RankError:
+    first, _, _ = str(error).partition("\n")
+    return RankError(
+        f"another rank has ended: {first}",
+        hint="see what it said; the same command continues after the last finished unit",
+    )

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runner ``model_wise``: one device, all units at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modelslim.plan import Plan
+from modelslim.ranks import Ranks
+from modelslim.result import RunOutput
+from modelslim.runners.engine import Engine
+
+
+class ModelWiseRunner:
+    """Reads the whole model first; a unit is released when it has been written."""
+
+    holds_model = True
+
+    def run(self, plan: Plan, writer: RunOutput, ranks: Ranks) -> list[dict[str, Any]]:
+        """Run the plan.
+
+        Returns:
+            One record per unit, for the report.
+        """
+        return Engine(plan, writer, ranks, whole=True).run()

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who works on which linears of a unit: what reads one input stays together, the rest is divided by its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from modelslim.quantized import QuantizedLinear
+from modelslim.ranks import Ranks
+from modelslim.statistics import UnitStatistics
+from modelslim.wire import linear_from, linear_state
+
+T = TypeVar("T")
+
+
+class Shares:
+    """The division of a unit's linears among ranks, the same at all of them.
+
+    Args:
+        linears: the unit's linears by name.
+        names: those that are divided.
+        statistics: knows which of them read one input.
+        ranks: who shares the work.
+    """
+
+    def __init__(
+        self, linears: Mapping[str, nn.Module], names: Iterable[str], statistics: UnitStatistics, ranks: Ranks
+    ) -> None:
+        self._ranks = ranks
+        groups: list[list[str]] = []
+        for name in names:
+            fitting = [group for group in groups if statistics.shares_port(name, group[0])]
+            if fitting:
+                fitting[0].append(name)
+            else:
+                groups.append([name])
+        loads = [0] * ranks.size
+        self._owner: dict[str, int] = {}
+        # The costliest first, each to whom has the least to do; ties in the order of the model.
+        for group in sorted(groups, key=lambda group: -_cost(linears, group)):
+            rank = loads.index(min(loads))
+            loads[rank] += _cost(linears, group)
+            self._owner.update(dict.fromkeys(group, rank))
+
+    def own(self, values: Mapping[str, T]) -> dict[str, T]:
+        """Of values by linear those of this rank's share."""
+        return {name: value for name, value in values.items() if self._owner[name] == self._ranks.rank}
+
+    def all(self, modules: Mapping[str, QuantizedLinear], names: Iterable[str]) -> dict[str, QuantizedLinear]:
+        """What all ranks have made of their shares.
+
+        Args:
+            modules: what this one has made.
+            names: of all, in the order that the result is to have.
+        """
+        if self._ranks.size == 1:
+            return dict(modules)
+        made = self._ranks.gather({name: linear_state(module) for name, module in modules.items()})
+        others = {name: linear_from(state) for part in made for name, state in part.items() if name not in modules}
+        found = {**others, **modules}
+        return {name: found[name] for name in names if name in found}
+
+
+def _cost(linears: Mapping[str, nn.Module], names: Iterable[str]) -> int:
+    """Of rounding with second moments, in multiplications."""
+    total = 0
+    for name in names:
+        weight = linears[name].get_parameter("weight")
+        total += weight.numel() * weight.shape[-1]
+    return total
