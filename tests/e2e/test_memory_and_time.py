@@ -207,7 +207,7 @@ def test_under_a_budget_four_times_the_samples_need_no_more_memory(
     cost: dict[tuple[int, bool], Cost] = {}
     for samples in (16, 64):
         data = tmp_path / f"{samples}.jsonl"
-        data.write_text("".join(json.dumps({"text": f"{words} {number}"}) + "\n" for number in range(samples)))
+        data.write_text("".join(json.dumps({"text": f"{words} {'a ' * number}"}) + "\n" for number in range(samples)))
         config = protocol(w8a8_static.replace(str(calibration_file), str(data)))
         for tight in (False, True):
             result = tmp_path / f"result-{samples}-{tight}"
