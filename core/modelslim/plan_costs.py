@@ -278,7 +278,7 @@ def _statistic_bytes(kind: type[Statistic], module: Any) -> int:
     """Bytes of a statistic at the input of a linear, or of all experts; at most 16 a channel where it is not known."""
     experts, channels = _experts(module), module.in_features
     if issubclass(kind, Gram):
-        return experts * 4 * channels * channels
+        return int(experts * 4 * channels * channels)
     if issubclass(kind, RowSample):
-        return 4 * kind.capacity * channels * (1 if experts == 1 else 8)
-    return experts * 16 * channels
+        return int(4 * kind.capacity * channels * (1 if experts == 1 else 8))
+    return int(experts * 16 * channels)

@@ -105,7 +105,7 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
     exact = rows if weight.dtype == rows.dtype else rows.to(torch.float32)
     wide = rows.to(torch.float32)
     with bfloat16_products(exact):
-        parts = [wide @ part.to(torch.float32).t() for part in weight.split(max(1, _BLOCK // weight.shape[1]))]
+        parts = [wide @ part.to(torch.float32).t() for part in torch.split(weight, max(1, _BLOCK // weight.shape[1]))]
     return torch.cat(parts, 1)
 
 

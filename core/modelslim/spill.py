@@ -120,11 +120,11 @@ class Spill:
             return  # somebody else looks at this memory
         entry.nbytes = storage.nbytes()
         entry.place = self._store.write(_bytes_of(storage))
-        entry.tensors = [(one, one.storage_offset(), tuple(one.shape), one.stride()) for one in tensors]
+        entry.tensors = [(one, int(one.storage_offset()), tuple(one.shape), one.stride()) for one in tensors]
         del storage
         for one in tensors:
-            nothing = torch.UntypedStorage(0, device=one.device)
-            one.set_(nothing, 0, _ASLEEP, (1, 1))
+            nothing = torch.empty(0, device=one.device)
+            one.set_(nothing.untyped_storage(), 0, _ASLEEP, (1, 1))
             self._sleeping[id(one)] = entry
 
     def _fill(self, entry: _Entry) -> None:
