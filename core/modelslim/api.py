@@ -37,11 +37,11 @@ from modelslim.planned import (
     scheme_in_words,
 )
 from modelslim.qconfig import check_group_sizes, parse_activation, parse_qconfig, parse_weight
-from modelslim.quantized import QuantizedExperts, QuantizedLinear, QuantizedTensor, integer_matmul
+from modelslim.quantized import QuantizedExperts, QuantizedLinear, QuantizedTensor
 from modelslim.ranks import ALONE, Ranks
 from modelslim.sampling import choose_samples
 from modelslim.saved_config import without_quantization
-from modelslim.saver import PlannedModel, SavedCache, SavedLinear, Saver, TensorRecord
+from modelslim.saver import EngineAnswer, PlannedModel, SavedCache, SavedLinear, Saver, TensorRecord
 from modelslim.scales import (
     from_codes,
     largest_magnitudes,
@@ -93,6 +93,7 @@ __all__ = [
     "Checkpoint",
     "DatasetError",
     "DecodedTensor",
+    "EngineAnswer",
     "Entry",
     "ExpertLinear",
     "Fallback",
@@ -149,7 +150,6 @@ __all__ = [
     "fusions",
     "group_by_spec",
     "hookimpl",
-    "integer_matmul",
     "largest_magnitudes",
     "listed",
     "multiply_inputs",

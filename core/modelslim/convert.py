@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from modelslim.adapters import choose_adapter, open_session
-from modelslim.checkpoint import DTYPE_NAMES, Checkpoint, byte_view
+from modelslim.checkpoint import Checkpoint
 from modelslim.convert_plan import Conversion, decode, plan_conversion
 from modelslim.convert_source import Piece
 from modelslim.errors import Diagnostic, VerificationError
@@ -127,9 +127,7 @@ def _write(conversion: Conversion, output: OutputDirectory) -> list[TensorRecord
                     records.append(TensorRecord(piece.name, None, stored.nbytes))
                     continue
                 for name, tensor, spec, cache in _encoded(conversion, piece):
-                    data = byte_view(tensor.contiguous())
-                    shards.add(name, DTYPE_NAMES[tensor.dtype], tensor.shape, len(data), [data] if len(data) else [])
-                    records.append(TensorRecord(name, spec, len(data), cache))
+                    records.append(shards.add_tensor(name, tensor, spec, cache).record)
             linears = {piece.name: conversion.format for piece in held if piece.name in source.saved}
             record = {"linears": linears, "seconds": {"convert": time.monotonic() - start}}
             session.unit_finished(file.name, len(pieces) + number, total, record)

@@ -70,7 +70,8 @@ def handle_dataset(dataset: Sequence[Any], device: str) -> list[Any]:  # type: i
         device: where the tensors go.
 
     Returns:
-        One input per sample, in the form that ``generate_model_forward`` takes.
+        One input per sample, in the form that ``generate_model_forward`` takes. Padding is taken out by the
+        engine where a mapping has it in its ``attention_mask`` (or the second of two tensors does).
 
     Raises:
         InvalidDatasetError: a sample holds what the model does not take, such as a video; says which.

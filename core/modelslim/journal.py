@@ -18,7 +18,7 @@ from modelslim.saver import TensorRecord
 from modelslim.types import QuantSpec, TensorSpec
 
 JOURNAL = "journal.jsonl"
-VERSION = 2
+VERSION = 3
 """Of its form."""
 FAULTY = {"faulty": True}
 """A line that says: do not go on from here, the result is wrong."""
@@ -28,6 +28,7 @@ _WORDS = {
     "source": "the source model",
     "protocol": "the protocol",
     "dataset": "the calibration data",
+    "calib_length": "the length of calibration texts",
     "adapter": "the adapter",
     "device": "the device",
     "computer": "the computer",

@@ -21,6 +21,7 @@ from modelslim.edits import stored_name
 from modelslim.engine_rules import Target, check_model, choose_target
 from modelslim.errors import DatasetError, Diagnostic, ModelSlimError, ProtocolError
 from modelslim.guard import prove_forward
+from modelslim.inputs import holds_media
 from modelslim.kv_cache import attentions, open_places
 from modelslim.loader import Loader
 from modelslim.memory import Budget, parse_budget
@@ -48,6 +49,7 @@ from modelslim.vlm_dataset import read_vlm_samples
 
 if TYPE_CHECKING:
     from modelslim.plan_costs import Costs
+    from modelslim.practice_choice import Choice
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Plan:
         planned: what the saver was told.
         samples: calibration samples; empty when no algorithm needs any.
         dataset: the file or directory that they come from.
+        calib_length: tokens after which a text is cut; None for never.
         device: torch device of the computation.
         runner: name of the runner.
         runner_why: why that one, in a few words.
@@ -75,6 +78,7 @@ class Plan:
         rescaled: full names of the parameters that smoothing changes.
         added: full names of the biases that smoothing adds to modules without one.
         target: the engine that the result is checked for; None when no contract of it is known.
+        practice: how the protocol was chosen; None when the user named it.
         warnings: what the user should know and what does not stop the run.
         lengths: tokens of each input that passes the model at once: a sample, or several of equal length.
         ranks: how many processes share the run.
@@ -93,6 +97,7 @@ class Plan:
     planned: PlannedModel
     samples: Sequence[Any]
     dataset: Path | None
+    calib_length: int | None
     device: str
     runner: str
     runner_why: str
@@ -101,6 +106,7 @@ class Plan:
     rescaled: frozenset[str]
     added: frozenset[str]
     target: Target | None
+    practice: Choice | None
     warnings: Sequence[str]
     lengths: Sequence[int]
     ranks: int
@@ -179,6 +185,9 @@ def make_plan(
     trust_remote_code: bool = False,
     engine: str | None = None,
     tp: int = 1,
+    calib_samples: int | None = None,
+    calib_length: int | None = None,
+    practice: Choice | None = None,
     ranks: int = 1,
     max_memory: str | None = None,
     observers: Sequence[tuple[str, object]] = (),
@@ -194,6 +203,9 @@ def make_plan(
         engine: refuse what this engine does not load, such as ``vllm-ascend`` or ``vllm-0.32``; None to be warned
             of what the engine that the format is for does not load.
         tp: the engine's degree of tensor parallelism.
+        calib_samples: calibrate on at most so many samples; None for as many as the algorithms want.
+        calib_length: tokens after which a calibration text is cut; None for never.
+        practice: how the protocol was chosen, for the report; None when the user named it.
         ranks: how many processes share the run, each with a device of its own.
         max_memory: what the run may hold beyond what the process holds by then, as in ``24GiB,cuda:0=60GiB``; None
             for no limit but what is free on an accelerator.
@@ -276,8 +288,9 @@ def make_plan(
     dataset = _find_dataset(protocol, checks, registry, config_path.parent, calibrate)
     with _together_with(diagnostics):
         samples, remarks = _read(dataset, protocol)
-        samples = _wanted(samples, steps, info, model)
-        lengths = token_lengths(session, samples, joined=not any(step.algorithm.replays for step in steps))
+        samples = _wanted(samples, steps, info, model, calib_samples)
+        joined = not any(step.algorithm.replays for step in steps)
+        lengths = token_lengths(session, samples, calib_length, joined=joined)
         unproven = prove_forward(session, model, checkpoint, kind, name, trust_remote_code, registry) if samples else []
     runner = choose_runner(protocol, ranks, registry)
     diagnostics += runner.refusals
@@ -296,6 +309,7 @@ def make_plan(
         planned=planned,
         samples=samples,
         dataset=dataset,
+        calib_length=calib_length,
         device=resolved,
         runner=runner.name,
         runner_why=runner.why,
@@ -304,10 +318,12 @@ def make_plan(
         rescaled=rescaled,
         added=added,
         target=target,
+        practice=practice,
         warnings=[
             *([remark] if remark else []),
             *runner.warnings,
             *remarks,
+            *_left_long(samples, calib_length),
             *unproven,
             *checks.warnings,
             *_left_float(info, model),
@@ -341,11 +357,19 @@ def _read(dataset: Path | None, protocol: Protocol) -> tuple[Sequence[Any], list
     return read_samples(dataset), []
 
 
-def _wanted(samples: Sequence[Any], steps: Sequence[Step], info: ModelInfo, model: nn.Module) -> Sequence[Any]:
-    """As many of the samples as the algorithms want that calibrate, evenly spread."""
+def _wanted(
+    samples: Sequence[Any], steps: Sequence[Step], info: ModelInfo, model: nn.Module, at_most: int | None
+) -> Sequence[Any]:
+    """As many of the samples as the algorithms want that calibrate and as the user allows, evenly spread."""
     limits = [step.algorithm.samples for step in steps if needs_calibration([step], info, model)]
     most = max((len(samples) if limit is None else limit for limit in limits), default=0)
-    return choose_samples(samples, most)
+    return choose_samples(samples, most if at_most is None else min(most, at_most))
+
+
+def _left_long(samples: Sequence[Any], calib_length: int | None) -> list[str]:
+    """A warning when samples will not be cut, because images, audio or video stand among their tokens."""
+    count = 0 if calib_length is None else sum(map(holds_media, samples))
+    return [f"--calib_length cuts texts only: {count} samples with images, audio or video stay whole"] if count else []
 
 
 @contextmanager

@@ -71,24 +71,21 @@ class Ranks:
                 parts = take_apart(value, tensors)
                 shapes = [[key, str(one.dtype).removeprefix("torch."), list(one.shape)] for key, one in tensors.items()]
                 self._send_text(json.dumps([parts, shapes]), source)
-                for bundle in _bundles([_nbytes(one) for one in tensors.values()]):
-                    self._send(_packed([list(tensors.values())[index] for index in bundle], self.device), source)
+                values = list(tensors.values())
+                for bundle in _bundles([_nbytes(one) for one in values]):
+                    self._send(_packed([values[index] for index in bundle], self.device), source)
                 return value
             parts, shapes = json.loads(self._send_text("", source))
             empty = [torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for _, dtype, shape in shapes]
             received: dict[int, Tensor] = {}
             for bundle in _bundles([_nbytes(one) for one in empty]):
-                size = sum(_padded(_nbytes(empty[index])) for index in bundle)
-                data = torch.empty(size, dtype=torch.uint8, device=self.device)
+                sizes = [_padded(_nbytes(empty[index])) for index in bundle]
+                data = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
                 self._send(data, source)
-                for index, piece in zip(bundle, data.split([_padded(_nbytes(empty[i])) for i in bundle]), strict=True):
+                for index, piece in zip(bundle, torch.split(data, sizes), strict=True):
                     like = empty[index]
                     received[shapes[index][0]] = piece[: _nbytes(like)].view(like.dtype).view(like.shape)
             return put_together(parts, received)
-
-    def wait(self) -> None:
-        """Go on when all ranks have come here."""
-        self.gather(None)
 
     def _send_text(self, text: str, source: int) -> str:
         data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
@@ -101,7 +98,7 @@ class Ranks:
 
     def _send(self, data: Tensor, source: int) -> None:
         """Broadcast bytes, which every backend knows."""
-        for piece in data.split(_CHUNK):
+        for piece in torch.split(data, _CHUNK):
             torch.distributed.broadcast(piece, source)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from modelslim.checkpoint import DTYPE_NAMES, StoredTensor, byte_view
+from modelslim.checkpoint import StoredTensor, byte_view
 from modelslim.devices import work_alone
 from modelslim.errors import SaveError
 from modelslim.files import copy_companions
@@ -23,7 +23,6 @@ from modelslim.kv_cache import QuantizedCache
 from modelslim.plan import Plan
 from modelslim.quantized import QuantizedExperts, QuantizedLinear
 from modelslim.saver import TensorRecord
-from modelslim.types import QuantSpec, TensorSpec
 from modelslim.writer import STATE, OutputDirectory, ShardWriter, explained, sync, write_json
 
 _ENTRY_BYTES = 112  # of a header entry, without the name
@@ -187,12 +186,12 @@ class ResultWriter(RunOutput):
         first = len(self._written)
         for stored, linear in self._stored(modules):
             for name, tensor in saver.encode(stored, linear, dtype):
-                self._add(name, tensor, linear.spec)
+                self._written.append(self._shards.add_tensor(name, tensor, linear.spec))
         for place, cache in caches.items():
             for name, tensor in saver.encode_cache(self._plan.planned.caches[place], cache, dtype):
-                self._add(name, tensor, None, cache.spec)
+                self._written.append(self._shards.add_tensor(name, tensor, cache=cache.spec))
         for name, tensor in edited.items():
-            self._add(name, tensor, None)
+            self._written.append(self._shards.add_tensor(name, tensor))
         for name in copies:
             source = self._plan.checkpoint.tensors[name]
             self._shards.add(name, source.dtype, source.shape, source.nbytes, self._plan.checkpoint.chunks(name))
@@ -227,12 +226,6 @@ class ResultWriter(RunOutput):
                         yield linear.stored, module.linear(expert, rows)
             else:
                 yield info.linears[name].stored, module
-
-    def _add(self, name: str, tensor: Tensor, spec: QuantSpec | None, cache: TensorSpec | None = None) -> None:
-        data = byte_view(tensor.contiguous())
-        self._shards.add(name, DTYPE_NAMES[tensor.dtype], tensor.shape, len(data), [data] if len(data) else [])
-        record = TensorRecord(name, spec, len(data), cache)
-        self._written.append(Written(record, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)))
 
 
 def write_small_parts(path: Path, number: int, modules: Mapping[str, QuantizedLinear]) -> None:

@@ -14,6 +14,7 @@ from modelslim.journal import FAULTY, FinishedUnit, differences
 from modelslim.launch import Crew, crew, is_first_process
 from modelslim.memory import Meter
 from modelslim.plan import Plan, make_plan
+from modelslim.practice_choice import Choice
 from modelslim.ranks import ALONE, Ranks
 from modelslim.report import REPORT, journal_header, make_report, memory_record
 from modelslim.result import ResultWriter, RunOutput
@@ -33,6 +34,8 @@ def quantize(
     engine: str | None = None,
     tp: int = 1,
     max_memory: str | None = None,
+    calib_samples: int | None = None,
+    calib_length: int | None = None,
     check: bool = True,
     restart: bool = False,
     observers: Sequence[tuple[str, object]] = (),
@@ -51,6 +54,8 @@ def quantize(
         engine: refuse what this engine does not load; see ``make_plan``.
         tp: the engine's degree of tensor parallelism.
         max_memory: what the run may hold; see ``make_plan``.
+        calib_samples: calibrate on at most so many samples; None for as many as the algorithms want.
+        calib_length: tokens after which a calibration text is cut; None for never.
         check: verify the result before it gets its name.
         restart: begin anew what an interrupted run left in ``<save_path>.partial``; False to continue it.
         observers: further plugins of this run, by name; of the first process alone.
@@ -74,6 +79,8 @@ def quantize(
         "engine": engine,
         "tp": tp,
         "max_memory": max_memory,
+        "calib_samples": calib_samples,
+        "calib_length": calib_length,
     }
     with crew(device, workers, {"save_path": str(save_path), "planned": planned}) as members:
         plan = plan_as(members, planned, observers)
@@ -81,17 +88,31 @@ def quantize(
             return run_plan(plan, save_path, check=check, restart=restart, ranks=ranks)
 
 
-def plan_as(members: Crew, planned: Mapping[str, Any], observers: Sequence[tuple[str, object]] = ()) -> Plan:
+def plan_as(
+    members: Crew,
+    planned: Mapping[str, Any],
+    observers: Sequence[tuple[str, object]] = (),
+    practice: Choice | None = None,
+) -> Plan:
     """The plan of a run as one of its ranks makes it.
 
     Args:
         members: the ranks.
         planned: arguments of ``make_plan`` that all share, as JSON values.
         observers: further plugins of this rank.
+        practice: how the protocol was chosen, at the rank that reports it.
     """
     options = dict(planned)
     model_path, config_path = (Path(options.pop(name)) for name in ("model_path", "config_path"))
-    return make_plan(model_path, config_path, device=members.device, ranks=members.size, observers=observers, **options)
+    return make_plan(
+        model_path,
+        config_path,
+        device=members.device,
+        ranks=members.size,
+        practice=practice,
+        observers=observers,
+        **options,
+    )
 
 
 def quantize_as(members: Crew, job: Mapping[str, Any]) -> None:
@@ -122,7 +143,7 @@ def run_plan(
         save_path: where the result goes.
         check: verify the result before it gets its name.
         restart: begin anew what an interrupted run left.
-        say: called with what the user should know of an interrupted run that is continued.
+        say: called with what the user should know of an interrupted run that is continued, and of the verification.
         ranks: who shares the run, each with the same plan; the first one writes, checks and reports.
 
     Returns:
@@ -148,7 +169,11 @@ def run_plan(
             records = writer.finish()
         report = {**make_report(plan, save_path, units, records, meter), "verified": False}
         write_json(output.path / REPORT, report)
+        if plan.practice is not None:
+            plan.practice.write(output.path)
         if check:
+            size = sum(record.nbytes for record in records)
+            say(f"verifying {len(records)} tensors, {size / 1e6:,.1f} MB")
             _verify(plan, output, units)
             report["verified"] = True
             report["memory"] = memory_record(plan, meter)
@@ -185,7 +210,7 @@ def _help(plan: Plan, ranks: Ranks) -> None:
 def _compare(plan: Plan, ranks: Ranks) -> None:
     """Refuse ranks that would not compute the same."""
     own = journal_header(plan)
-    headers = ranks.gather({key: own[key] for key in ("protocol", "dataset", "adapter", "versions")})
+    headers = ranks.gather({key: own[key] for key in ("protocol", "dataset", "calib_length", "adapter", "versions")})
     for rank, header in enumerate(headers):
         changes = list(differences(headers[0], header))
         if changes:

@@ -93,6 +93,22 @@ class SavedLinear:
     decode: Callable[[Mapping[str, Tensor]], QuantizedLinear]
 
 
+@dataclass(frozen=True)
+class EngineAnswer:
+    """What an engine's own Python says of a checkpoint.
+
+    Attributes:
+        asked: what was asked, with versions, such as ``transformers 5.23.0 with compressed-tensors 0.20.0``; empty when
+            nothing could be.
+        problems: what it refuses, and what it would leave out or pass over.
+        reason: why it could not be asked, or what of the checkpoint it was not asked about; empty when all was asked.
+    """
+
+    asked: str = ""
+    problems: Sequence[Problem] = ()
+    reason: str = ""
+
+
 class Saver(ABC):
     """A codec between quantized modules and the tensors and files of one format.
 
@@ -212,9 +228,21 @@ class Saver(ABC):
     def check_files(cls, path: Path) -> Sequence[Problem]:
         """What else is wrong with the files of such a checkpoint, beside what ``read_layout`` raises.
 
-        The place to ask the engine's own Python, where it is installed.
-
         Args:
             path: the directory.
         """
         return ()
+
+    @classmethod
+    def ask_engine(cls, engine: str, path: Path, model: PlannedModel, tensors: Mapping[str, Tensor]) -> EngineAnswer:
+        """What the Python of an engine, where it is installed, says of such a checkpoint; no data is read.
+
+        Asked by ``verify --engine`` only, since engines are slow to import.
+
+        Args:
+            engine: the word for ``--engine``, without a version.
+            path: the directory.
+            model: the model as it was read from the checkpoint.
+            tensors: every tensor of the checkpoint on meta, by name.
+        """
+        return EngineAnswer(reason=f"there is no way to ask {engine} about this format")

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from modelslim.adapters import choose_adapter, open_session
-from modelslim.checkpoint import Checkpoint, read_json
+from modelslim.checkpoint import Checkpoint, StoredTensor, read_json
 from modelslim.engine_rules import Target, check_model, choose_target
 from modelslim.engines import find_contract
 from modelslim.errors import ModelError
@@ -22,6 +24,7 @@ from modelslim.registry import Registry
 from modelslim.report import REPORT
 from modelslim.saved import find_saver
 from modelslim.saved_config import named_as_float, opened_as_float
+from modelslim.saver import EngineAnswer, PlannedModel, Saver
 from modelslim.types import Problem
 from modelslim.verify_files import check_engine_files, read_files
 from modelslim.verify_numbers import LinearError, Numbers
@@ -39,6 +42,8 @@ class Verification:
         path: the directory.
         format: name of the saver that writes such checkpoints; empty when none is known.
         engine: name of the contract that it was checked against; empty for none.
+        asked: what of the engine's own Python has loaded it without its data, with versions; empty when nothing has.
+        by_contract: why all of it, or a part, was checked by the contract only; empty when no engine was named.
         problems: what is wrong, and with ``fatal`` False what one should know.
         schemes: how many linears have which scheme.
         float_linears: names of the linears that are float.
@@ -48,6 +53,8 @@ class Verification:
     path: Path
     format: str = ""
     engine: str = ""
+    asked: str = ""
+    by_contract: str = ""
     problems: Sequence[Problem] = ()
     schemes: Mapping[str, int] = field(default_factory=dict)
     float_linears: Sequence[str] = ()
@@ -65,6 +72,8 @@ class Verification:
             "path": str(self.path),
             "format": self.format,
             "engine": self.engine,
+            "asked": self.asked,
+            "by_contract": self.by_contract,
             "good": not self.faults,
             "problems": [{key: getattr(problem, key) for key in keys} for problem in self.problems],
             "schemes": dict(self.schemes),
@@ -139,8 +148,12 @@ def verify(
         problems += [*numbers.check(), *numbers.check_floats()]
         planned = result.planned(config, numbers.multiplied)
         problems += check_model(saver, format_, target, planned)
+        answer = _ask(engine, target, saver, path, planned, files.tensors)
+        problems += answer.problems
         return replace(
             found,
+            asked=answer.asked,
+            by_contract=answer.reason,
             problems=_once(problems),
             schemes=dict(Counter(spec.scheme for spec in result.specs.values())),
             float_linears=result.floats,
@@ -190,6 +203,26 @@ def _promised(plan: Plan, result: Result, units: Sequence[Mapping[str, Any]]) ->
 
 def _asked(target: Target, problems: Iterator[Problem]) -> list[Problem]:
     return [replace(problem, fatal=target.asked) for problem in problems]
+
+
+def _ask(
+    engine: str | None,
+    target: Target | None,
+    saver: Saver,
+    path: Path,
+    model: PlannedModel,
+    tensors: Mapping[str, StoredTensor],
+) -> EngineAnswer:
+    """What the engine's own Python says, where the user names the engine.
+
+    Where the user names a version, the installed one may be another: what it refuses is then a warning.
+    """
+    if target is None or engine is None:
+        return EngineAnswer()
+    on_meta = {name: torch.empty(one.shape, dtype=one.torch_dtype, device="meta") for name, one in tensors.items()}
+    answer = saver.ask_engine(target.contract.engine, path, model, on_meta)
+    named = engine.casefold() == target.contract.engine
+    return replace(answer, problems=[replace(one, fatal=one.fatal and named) for one in answer.problems])
 
 
 def _open(

@@ -15,7 +15,7 @@ from modelslim.errors import ModelSlimError
 from modelslim.quantized import QuantizedLinear
 from modelslim.report import REPORT
 from modelslim.saver import SavedCache, Saver
-from modelslim.types import LinearInfo, Problem, QuantSpec
+from modelslim.types import CacheInfo, LinearInfo, Problem, QuantSpec
 from modelslim.verify_structure import Result
 
 _HINT = "the checkpoint is damaged, or was written by a faulty tool; quantize again"
@@ -128,15 +128,20 @@ class Numbers:
         """Scales of a cache, one per channel of the linear that fills it or one for all."""
         linear = self._result.linears.get(stored)
         try:
-            module = cache.decode({name: self._checkpoint.read(name) for name in cache.tensors})
+            tensors = {name: self._checkpoint.read(name) for name in cache.tensors}
+            module = cache.decode(tensors)
         except (ModelSlimError, RuntimeError, TypeError, ValueError) as error:
             yield Problem(f"the cache that {stored} fills cannot be decoded: {_first_line(error)}", _HINT)
             return
-        if linear is not None and module.scale.numel() not in (1, linear.out_features):
-            yield Problem(
-                f"the cache that {stored} fills has {module.scale.numel()} scales for {linear.out_features} channels",
-                _HINT,
-            )
+        if linear is not None:
+            channels = linear.out_features
+            if module.scale.numel() in (1, channels):
+                place = CacheInfo(stored, stored.rpartition(".")[0], stored, linear.unit, 1, channels)
+                again = self._saver.encode_cache(place, module, self._result.expected.info.dtype)
+                yield from _differences(tensors, dict(again))
+            else:
+                message = f"the cache that {stored} fills has {module.scale.numel()} scales for {channels} channels"
+                yield Problem(message, _HINT)
         if not (torch.isfinite(module.scale).all() and (module.scale > 0).all()):
             yield Problem(f"the cache that {stored} fills has scales that are not finite and positive", _HINT)
 
@@ -150,14 +155,10 @@ class Numbers:
         except (ModelSlimError, RuntimeError, TypeError, ValueError) as error:
             yield Problem(f"{linear.stored} contradicts itself: {_first_line(error)}", _HINT, linear=linear.name)
             return
-        for name, wanted in again.items():
-            if name not in tensors:
-                yield Problem(f"{name} is missing: {module.spec.scheme} has it", _HINT, linear=linear.name)
-            elif message := _difference(tensors[name], wanted):
-                # Engines convert one kind of float to another and lose nothing that counts.
-                floats = tensors[name].is_floating_point() and wanted.is_floating_point()
-                fatal = not (floats and tensors[name].dtype != wanted.dtype)
-                yield Problem(f"{name} {message}", _HINT, linear=linear.name, fatal=fatal)
+        absent = [name for name in again if name not in tensors]
+        for name in absent:
+            yield Problem(f"{name} is missing: {module.spec.scheme} has it", _HINT, linear=linear.name)
+        yield from _differences(tensors, again, linear.name)
 
     def _compare(self, linear: LinearInfo, module: QuantizedLinear) -> Iterator[Problem]:
         """The dequantized weight must be the float one within what rounding explains."""
@@ -238,6 +239,18 @@ def _check_module(linear: LinearInfo, module: QuantizedLinear) -> Iterator[Probl
             yield problem(f"{len(rows)} rows of its scale are not positive, the first is row {rows[0]}")
     if module.input_scale is not None and not (module.input_scale > 0).all():
         yield problem(f"input_scale is {module.input_scale.view(-1)[0]:.3g}, which is not positive")
+
+
+def _differences(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], linear: str | None = None
+) -> Iterator[Problem]:
+    """Stored tensors that are not what their linear, or cache, gives."""
+    for name in (name for name in wanted if name in tensors):
+        if message := _difference(tensors[name], wanted[name]):
+            # Engines convert one kind of float to another and lose nothing that counts.
+            floats = tensors[name].is_floating_point() and wanted[name].is_floating_point()
+            fatal = not (floats and tensors[name].dtype != wanted[name].dtype)
+            yield Problem(f"{name} {message}", _HINT, linear=linear, fatal=fatal)
 
 
 def _difference(stored: Tensor, wanted: Tensor) -> str:

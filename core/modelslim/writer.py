@@ -18,8 +18,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from torch import Tensor
+
+from modelslim.checkpoint import DTYPE_NAMES, byte_view
 from modelslim.errors import ModelSlimError, RankError, SaveError, UsageError
 from modelslim.journal import JOURNAL, FinishedUnit, Written, read_rest, refuse_changes
+from modelslim.saver import TensorRecord
+from modelslim.types import QuantSpec, TensorSpec
 
 try:
     import fcntl
@@ -86,6 +91,28 @@ class ShardWriter:
             for piece in pieces:
                 _write_all(self._stream, piece)
         self._written(name, nbytes)
+
+    def add_tensor(
+        self, name: str, tensor: Tensor, spec: QuantSpec | None = None, cache: TensorSpec | None = None
+    ) -> Written:
+        """Append a tensor from memory.
+
+        Args:
+            name: its name.
+            tensor: on the CPU.
+            spec: scheme of the quantized linear that it belongs to; None for none.
+            cache: scheme of the key/value cache that it belongs to; None for none.
+
+        Returns:
+            What was written, for the journal and for savers.
+
+        Raises:
+            SaveError: the disk is full, or writing failed.
+        """
+        data = byte_view(tensor.contiguous())
+        dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+        self.add(name, dtype, shape, len(data), [data] if len(data) else [])
+        return Written(TensorRecord(name, spec, len(data), cache), dtype, shape)
 
     def restore(self, tensors: Sequence[Written]) -> list[tuple[Path, int]]:
         """Go on behind tensors that an earlier process wrote; what it wrote behind them is cut off.

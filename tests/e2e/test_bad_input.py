@@ -451,9 +451,9 @@ def test_the_first_cuda_device_is_refused_where_there_is_none(attempt: Attempt) 
 
 
 def test_an_unknown_model_type_is_a_warning_and_the_run_goes_on(attempt: Attempt, here: Program) -> None:
-    done = here(*attempt.words(), "--model_type", "Qwen2.5-7B-Instruct")
+    done = here(*attempt.words(), "--model_type", "Acme-7B-Instruct")
     assert done.returncode == 0
-    assert done.stderr.startswith("warning: no adapter is registered for --model_type Qwen2.5-7B-Instruct")
+    assert done.stderr.startswith("warning: no adapter is registered for --model_type Acme-7B-Instruct")
     assert "llama" in done.stderr
     assert done.stderr.count("\n") == 1
     report = json.loads((attempt.save / "report.json").read_text())

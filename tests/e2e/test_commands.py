@@ -23,9 +23,11 @@ WriteProtocol = Callable[[str], Path]
 
 GOOD = sorted((Path(__file__).parents[1] / "protocol" / "good").glob("*.yaml"))
 OPTIONS = {
-    "quant": "model_path save_path config_path device model_type engine tp max_memory trust_remote_code restart verify "
-    "json quiet",
-    "plan": "model_path config_path device model_type engine tp max_memory trust_remote_code json",
+    "quant": "model_path save_path model_type quant_type tag yes practices config_path calib_samples calib_length "
+    "device workers engine tp max_memory trust_remote_code restart verify json quiet",
+    "plan": "model_path model_type quant_type tag practices config_path calib_samples calib_length device workers "
+    "engine tp max_memory trust_remote_code json",
+    "practices": "practices json",
     "verify": "float engine tp trust_remote_code json",
     "convert": "save_path to part_file_size round_scales engine tp trust_remote_code verify json quiet",
     "eval": "float text window max_tokens dtype device trust_remote_code json",
@@ -76,7 +78,9 @@ def test_help_of_a_command_shows_its_options(command: str, here: Program) -> Non
 def test_quant_tells_people_what_it_does_and_what_came_out(quant: Program, w8a8_static: str, tmp_path: Path) -> None:
     done = quant(w8a8_static)
     assert done.returncode == 0
-    matches = [PROGRESS.fullmatch(line) for line in done.stderr.splitlines()]
+    *steps, last = done.stderr.splitlines()
+    assert re.fullmatch(r"verifying 114 tensors, 0\.2 MB", last)
+    matches = [PROGRESS.fullmatch(line) for line in steps]
     assert [match and match.groups() for match in matches] == [("1", "0"), ("2", "1"), ("3", "2")]
     lines = done.stdout.splitlines()
     last = next(index for index, line in enumerate(lines) if re.fullmatch(r"Quantized in \d+\.\d s", line))
@@ -163,7 +167,7 @@ def test_the_guides_command_line_works_in_both_spellings(
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', separator)}", value)]
     done = program("quant", *words)
     assert done.returncode == 0, done.stderr
-    assert all(PROGRESS.fullmatch(line) for line in done.stderr.splitlines())
+    assert all(PROGRESS.fullmatch(line) for line in done.stderr.splitlines()[:-1])
     assert (tmp_path / "out" / "report.json").exists()
 
 
@@ -215,6 +219,7 @@ def test_verify_gives_people_and_programs_the_same(
     words = ["verify", tmp_path / "out", "--float", tiny_llama, "--engine", "vLLM-Ascend"]
     data = document(here(*words, "--json"))
     assert (data["good"], data["format"], data["problems"]) == (True, "ascendv1_saver", [])
+    assert (data["asked"], data["by_contract"].partition(": ")[0]) == ("", "vllm_ascend cannot be imported")
     assert (data["schemes"], data["float_linears"], len(data["errors"])) == ({"W8A8_DYNAMIC": 21}, ["lm_head"], 21)
     people = here(*words)
     assert (people.returncode, people.stderr) == (0, "")
@@ -228,6 +233,7 @@ def test_verify_gives_people_and_programs_the_same(
         "schemes": "21 linears W8A8_DYNAMIC",
         "float": "1 linear, such as lm_head",
         "engine": data["engine"],
+        "by contract only": data["by_contract"],
         "faults": "none",
     }
 

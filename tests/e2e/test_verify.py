@@ -66,13 +66,14 @@ def biased_llama(llama_factory: Callable[..., Path]) -> Path:
 def good(
     biased_llama: Path, tiny_moe: Path, calibration_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Mapping[str, Good]:
-    """Static int8 in several files; and experts, of eight bits (moe) and of four (int4)."""
+    """Static int8 in several files; experts, of eight bits (moe) and of four (int4); and key/value caches."""
     root = tmp_path_factory.mktemp("verify")
     experts = "*experts*"
     made = {
         "static": (biased_llama, [entry(STATIC, INT8, "*")], 0.0001),
         "moe": (tiny_moe, [entry(STATIC, INT8, "*", experts), entry(DYNAMIC, INT8, experts)], 4),
         "int4": (tiny_moe, [entry(DYNAMIC, INT8, "*", experts), entry(DYNAMIC, INT4, experts)], 4),
+        "caches": (biased_llama, [entry(DYNAMIC, INT8, "*"), "    - type: dynamic_cache\n"], 4),
     }
     results = {}
     for name, (source, entries, size) in made.items():
@@ -363,6 +364,30 @@ FAULTS: Mapping[str, Fault] = {
     "weight_offset of a symmetric weight": Fault(
         "moe", lambda c: c.put(f"{GATE}.weight_offset", set_at(0, 1)), rf"{GATE}\.weight_offset differs"
     ),
+    "a cache scale of zero": Fault(
+        "caches", lambda c: c.put(f"{KEY}.kv_cache_scale", set_at(5, 0)), rf"{KEY} fills has scales .*not .*positive"
+    ),
+    "a negative cache scale": Fault(
+        "caches", lambda c: c.put(f"{KEY}.kv_cache_scale", set_at(0, -1)), rf"{KEY} fills has scales .*not .*positive"
+    ),
+    "a cache scale that is NaN": Fault(
+        "caches", lambda c: c.put(f"{KEY}.kv_cache_scale", set_at(0, NAN)), rf"{KEY}\.kv_cache_scale holds 1 value.*NaN"
+    ),
+    "an infinite cache scale": Fault(
+        "caches", lambda c: c.put(f"{KEY}.kv_cache_scale", set_at(0, float("inf"))), rf"{KEY}\.kv_cache_scale holds 1"
+    ),
+    "a cache offset that is NaN": Fault(
+        "caches", lambda c: c.put(f"{KEY}.kv_cache_offset", set_at(0, NAN)), rf"{KEY}\.kv_cache_offset holds 1"
+    ),
+    "a cache offset that is no int8": Fault(
+        "caches", lambda c: c.put(f"{KEY}.kv_cache_offset", set_at(0, 300)), rf"{KEY}\.kv_cache_offset"
+    ),
+    "a cache offset is missing": Fault("caches", lambda c: c.drop(f"{KEY}.kv_cache_offset"), f"{KEY}.kv_cache_offset"),
+    "a cache with scales for other channels": Fault(
+        "caches",
+        lambda c: [c.put(f"{KEY}.kv_cache_{part}", lambda t: t[:-2]) for part in ("scale", "offset")],
+        rf"{KEY} fills has 30 scales for 32 channels",
+    ),
     # Layers
     "q and k of different type": Fault("moe", lambda c: c.make_float(KEY), r"q_proj, k_proj and v_proj.*k_proj FLOAT"),
     "one expert is float": Fault("moe", lambda c: c.make_float(GATE), rf"{GATE} is float, while other experts"),
@@ -413,13 +438,13 @@ def copy(good: Mapping[str, Good], tmp_path: Path) -> Callable[[str], Copy]:
     return make
 
 
-@pytest.mark.parametrize("name", ["static", "moe", "int4"])
+@pytest.mark.parametrize("name", ["static", "moe", "int4", "caches"])
 @pytest.mark.parametrize("with_float", [True, False])
 def test_good_checkpoint_has_no_fault(name: str, with_float: bool, good: Mapping[str, Good]) -> None:
     found = verify(good[name].path, good[name].source if with_float else None)
     assert faults(found) == []
     assert [problem.message for problem in found.problems if "experts" not in problem.message] == []
-    quantized = {"static": 21, "moe": 8 + 24, "int4": 8 + 24}[name]
+    quantized = {"static": 21, "caches": 21}.get(name, 8 + 24)
     assert sum(found.schemes.values()) == quantized
     assert found.float_linears == ["lm_head"]
     assert len(found.errors) == (quantized if with_float else 0)

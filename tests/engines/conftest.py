@@ -148,7 +148,7 @@ def read_with_vllm(tmp_path_factory: pytest.TempPathFactory) -> Read:
             files = {"result": str(place / f"{index}.json"), "tensors": str(place / f"{index}.safetensors")}
             full[name] = {**common, **files, **job, "model": str(job["model"])}
         (place / "jobs.json").write_text(json.dumps(list(full.values())), encoding="utf-8")
-        log = _run([_interpreter(), str(Path(__file__).with_name("vllm_run.py")), str(place / "jobs.json")])
+        log = run_in_engine(Path(__file__).with_name("vllm_run.py"), place / "jobs.json")
         results = {}
         for name, job in full.items():
             assert Path(job["result"]).exists(), log[-4000:]
@@ -167,8 +167,9 @@ def _interpreter() -> str:
     return os.environ["ENGINE_PYTHON"]
 
 
-def _run(command: Sequence[str]) -> str:
-    """Run a program to its end; more threads than one only wait for each other on tensors this small."""
+def run_in_engine(program: Path, jobs: Path) -> str:
+    """Run a program to its end, and return what it said; more threads than one only wait on tensors this small."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [_interpreter(), str(program), str(jobs)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=3000)
     return done.stdout + done.stderr

@@ -20,9 +20,14 @@ from torch import Tensor
 REPLACED = ("torch_npu", "vllm_ascend.ops")
 
 
+def replace_modules() -> None:
+    """Make ``vllm_ascend.quantization`` importable."""
+    sys.meta_path.insert(0, _Finder())
+
+
 def install() -> None:
     """Make ``vllm_ascend.quantization`` importable and register its quantization with vLLM."""
-    sys.meta_path.insert(0, _Finder())
+    replace_modules()
     torch.Tensor.npu = lambda self: self  # type: ignore[attr-defined]
     torch.library.define("vllm::quantize", "(Tensor x, Tensor scale, Tensor reciprocal, Tensor offset) -> Tensor")
     torch.library.impl("vllm::quantize", "cpu", quantize)

@@ -16,8 +16,10 @@ from conftest import INT8, TOKEN, QConfig, Quantize, Read, TinyFactory
 from safetensors.torch import load_file
 from torch import Tensor
 
+from modelslim.api import FUSED
 from modelslim.errors import ModelSlimError
 from modelslim.plan import make_plan
+from modelslim_ascendv1.in_vllm_ascend import NOT_LOADED
 
 INT4 = {**INT8, "dtype": "int4"}
 FP8: QConfig = {
@@ -70,12 +72,9 @@ REFUSED: Mapping[str, tuple[QConfig, QConfig | None]] = {
 }
 """What the format has and this engine has not, in linears outside experts or inside."""
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 STACKS = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
 LAYER = "model.layers.1"
 OF_A_TENSOR = ("input_scale", "input_offset")
-NOT_WRITTEN = {"W8A8": {"weight_scale", "weight_offset"}}
-"""What the engine registers and never uses."""
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +139,7 @@ def test_the_parameters_of_linears_hold_what_we_wrote(type_: str, linears: Mappi
         assert result["kernels"][linear].startswith("Ascend")
         parent, _, last = linear.rpartition(".")
         stored = [f"{parent}.{one}.{part}" for one in FUSED.get(last, (last,))]
-        if part not in NOT_WRITTEN.get(type_, ()):
+        if part not in NOT_LOADED.get(type_, ()):
             same(parameter, ours[stored[-1]] if part in OF_A_TENSOR else torch.cat([ours[one] for one in stored]))
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,22 @@ def test_a_file_that_cannot_be_opened_is_an_error_of_the_data(tmp_path: Path) ->
 def test_a_short_name_finds_the_set_that_ships(registry: Registry) -> None:
     file = find_dataset("mix_calib.jsonl", registry)
     assert file.name == "mix_calib.jsonl" and len(read_samples(file)) > 20
+
+
+def test_the_set_that_ships_is_a_mixture(registry: Registry) -> None:
+    texts = read_samples(find_dataset("mix_calib.jsonl", registry))
+    assert len(texts) >= 64 and len(set(texts)) == len(texts)
+    kinds = {
+        "Chinese": r"[\u4e00-\u9fff]{8}",
+        "English": r"(?i)\bthe [a-z]+ (was|is|of)\b",
+        "code": r"(?m)^(import|def|#include|fn|func|class|use|public) ",
+        "mathematics": r"\$[^$]*\\\w+|\\frac|\bmod\b",
+        "chat": r"<\|im_start\|>user",
+    }
+    for kind, pattern in kinds.items():
+        assert sum(bool(re.search(pattern, text)) for text in texts) >= 6, kind
+    # Any quarter of it is a mixture too, since limits take a part.
+    assert all(any(re.search(pattern, text) for text in texts[:18]) for pattern in kinds.values())
 
 
 def test_a_file_of_the_same_name_goes_before_the_set_that_ships(

@@ -37,6 +37,23 @@ def test_every_code_is_shifted_there_and_back(bits: int) -> None:
     assert torch.equal(to_signed(to_unsigned(codes, bits), bits), codes)
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("count", [1, 16, 37])
+def test_signed_codes_are_shifted_while_they_are_packed(bits: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    codes = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (3, count), generator=generator, dtype=torch.int8)
+    unpacked = unpack_bits(pack_bits(codes, bits), bits, count)
+    assert torch.equal(unpacked.to(torch.int16), codes.to(torch.int16) + (1 << (bits - 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_codes_of_more_than_a_block(dtype: torch.dtype) -> None:
+    low = 0 if dtype == torch.uint8 else -8
+    codes = torch.randint(low, low + 16, (3, 200_008), generator=torch.Generator().manual_seed(0), dtype=dtype)
+    unsigned = codes.to(torch.int32) - low
+    assert torch.equal(pack_bits(codes, 4, torch.uint8).int(), unsigned[:, ::2] | unsigned[:, 1::2] << 4)
+
+
 def test_codes_need_not_be_contiguous() -> None:
     codes = torch.randint(0, 16, (8, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     assert torch.equal(pack_bits(codes.t(), 4), pack_bits(codes.t().contiguous(), 4))

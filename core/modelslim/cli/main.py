@@ -19,6 +19,7 @@ from modelslim.errors import UsageError, nearest
 COMMANDS: Mapping[str, str] = {
     "quant": "Quantize a model and write the result.",
     "plan": "Show what quant would do, and refuse what it could not.",
+    "practices": "List the recipes, and say which one a request gets.",
     "verify": "Check a quantized model, file by file and number by number.",
     "convert": "Convert a quantized model into another format, without loss.",
     "eval": "Measure a quantized model against its float model.",

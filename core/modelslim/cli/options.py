@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,25 @@ class _TwoSpellings(click.Option):
 def option(*names: str, **attributes: Any) -> Callable[[F], F]:
     """``click.option`` for a name with underscores that is accepted with hyphens, too."""
     return click.option(*names, cls=_TwoSpellings, **attributes)
+
+
+class TagCommand(click.Command):
+    """A command whose ``--tag`` takes all words up to the next option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does, with ``--tag`` in front of each of its words."""
+        return super().parse_args(ctx, list(_with_tags_apart(args)))
+
+
+def _with_tags_apart(args: Sequence[str]) -> Iterator[str]:
+    takes = False
+    for position, word in enumerate(args):
+        is_option = word.startswith("-")
+        is_value_of_tag = position > 0 and args[position - 1] == "--tag"
+        if takes and not is_option and not is_value_of_tag:
+            yield "--tag"
+        takes = word.partition("=")[0] == "--tag" or (takes and not is_option)
+        yield word
 
 
 def _set_mode(mode: Mode) -> Callable[[click.Context, click.Parameter, bool], None]:
@@ -90,8 +109,47 @@ model_type_option = option(
 config_path_option = option(
     "--config_path",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    required=True,
-    help="YAML protocol that says what becomes of the model.",
+    default=None,
+    help="YAML protocol that says what becomes of the model.  [default: a practice, see --quant_type]",
+)
+
+quant_type_option = option(
+    "--quant_type",
+    default=None,
+    help="Take the best known practice of this type, such as w8a8, w8a16, w4a16, w4a8 or w8a8c8; excludes "
+    "--config_path.  [default: w8a8]",
+)
+
+tag_option = option(
+    "--tag",
+    "tags",
+    multiple=True,
+    help="Scenario in which the result will run, as in --tag vLLM-Ascend Atlas_A2_Inference: an engine, whose "
+    "contract is then checked as by --engine, and hardware.",
+)
+
+practices_option = option(
+    "--practices",
+    "practice_folders",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Folder with practices of yours, beside those of MSMODELSLIM_CUSTOM_PRACTICE_REPO.",
+)
+
+yes_option = option("--yes", is_flag=True, help="Take a practice that is not verified for the model without asking.")
+
+calib_samples_option = option(
+    "--calib_samples",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Calibrate on at most so many samples, evenly spread over the set.  [default: as many as are wanted]",
+)
+
+calib_length_option = option(
+    "--calib_length",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Cut texts of the calibration set after so many tokens.  [default: never]",
 )
 
 engine_option = option(

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import click
 
+from modelslim.cli.choosing import Asked, find_protocol
 from modelslim.cli.options import (
+    TagCommand,
+    calib_length_option,
+    calib_samples_option,
     config_path_option,
     devices_option,
     engine_option,
@@ -15,6 +19,9 @@ from modelslim.cli.options import (
     max_memory_option,
     model_path_option,
     model_type_option,
+    practices_option,
+    quant_type_option,
+    tag_option,
     tp_option,
     trust_remote_code_option,
     workers_option,
@@ -22,12 +29,17 @@ from modelslim.cli.options import (
 from modelslim.cli.output import Output, pass_output
 
 
-@click.command()
+@click.command(cls=TagCommand)
 @model_path_option
+@model_type_option
+@quant_type_option
+@tag_option
+@practices_option
 @config_path_option
+@calib_samples_option
+@calib_length_option
 @devices_option
 @workers_option
-@model_type_option
 @engine_option
 @tp_option
 @max_memory_option
@@ -37,10 +49,15 @@ from modelslim.cli.output import Output, pass_output
 def command(
     output: Output,
     model_path: Path,
-    config_path: Path,
+    model_type: str | None,
+    quant_type: str | None,
+    tags: tuple[str, ...],
+    practice_folders: tuple[Path, ...],
+    config_path: Path | None,
+    calib_samples: int | None,
+    calib_length: int | None,
     device: str | None,
     workers: int | None,
-    model_type: str | None,
     engine: str | None,
     tp: int,
     max_memory: str | None,
@@ -57,17 +74,28 @@ def command(
     from modelslim.plan import make_plan
     from modelslim.plan_table import as_data, in_time, phase_rows, rows
 
+    found = find_protocol(Asked(config_path, quant_type, tags, practice_folders, model_path, model_type, engine))
+    for remark in found.remarks:
+        output.warn(remark)
+    practice = found.practice
+    if practice is not None and practice.needs_consent:
+        output.warn(f"{practice.line}; quant asks for consent, or wants --yes")
+    elif practice is not None:
+        output.note(practice.line)
     devices = resolve_devices(device, workers)
     plan = make_plan(
         model_path,
-        config_path,
+        found.protocol,
         device=devices[0],
         ranks=len(devices),
         model_type=model_type,
         trust_remote_code=trust_remote_code,
-        engine=engine,
+        engine=found.engine,
         tp=tp,
         max_memory=max_memory,
+        calib_samples=calib_samples,
+        calib_length=calib_length,
+        practice=practice,
     )
     for warning in plan.warnings:
         output.warn(warning)
@@ -117,6 +145,7 @@ def command(
             ("runner", f"{plan.runner}: {plan.runner_why}"),
             ("adapter", plan.adapter),
             ("engine", data["engine"] or "not known"),
+            *([("practice", practice.practice.config_id)] if practice else []),
         ],
     )
     output.data(data)

@@ -12,8 +12,12 @@ from typing import Any
 
 import click
 
+from modelslim.cli.choosing import Asked, find_protocol, is_told, settle
 from modelslim.cli.convert import convert_and_show
 from modelslim.cli.options import (
+    TagCommand,
+    calib_length_option,
+    calib_samples_option,
     config_path_option,
     devices_option,
     engine_option,
@@ -21,24 +25,34 @@ from modelslim.cli.options import (
     max_memory_option,
     model_path_option,
     model_type_option,
+    practices_option,
+    quant_type_option,
     quiet_option,
     restart_option,
     save_path_option,
+    tag_option,
     tp_option,
     trust_remote_code_option,
     verify_option,
     workers_option,
+    yes_option,
 )
 from modelslim.cli.output import Output, pass_output
 
 
-@click.command()
+@click.command(cls=TagCommand)
 @model_path_option
 @save_path_option
+@model_type_option
+@quant_type_option
+@tag_option
+@yes_option
+@practices_option
 @config_path_option
+@calib_samples_option
+@calib_length_option
 @devices_option
 @workers_option
-@model_type_option
 @engine_option
 @tp_option
 @max_memory_option
@@ -52,10 +66,16 @@ def command(
     output: Output,
     model_path: Path,
     save_path: Path,
-    config_path: Path,
+    model_type: str | None,
+    quant_type: str | None,
+    tags: tuple[str, ...],
+    yes: bool,
+    practice_folders: tuple[Path, ...],
+    config_path: Path | None,
+    calib_samples: int | None,
+    calib_length: int | None,
     device: str | None,
     workers: int | None,
-    model_type: str | None,
     engine: str | None,
     tp: int,
     max_memory: str | None,
@@ -64,6 +84,9 @@ def command(
     restart: bool,
 ) -> None:
     """Quantize a model and write the result.
+
+    A protocol says how: yours, given as --config_path, or the best known one of --quant_type. Where
+    that one is not verified for the model you are asked first.
 
     Everything that can be wrong is refused before a weight is read. The result appears under its
     name only when it is whole and verified; until then it grows in <save_path>.partial. The same
@@ -83,9 +106,18 @@ def command(
         check_save_path(save_path, model_path)
     else:
         output.mode = "quiet"
-    asked = read_conversion(config_path)
+    found = find_protocol(Asked(config_path, quant_type, tags, practice_folders, model_path, model_type, engine))
+    engine, practice = found.engine, found.practice
+    if is_first_process():
+        for remark in found.remarks:
+            output.warn(remark)
+        if practice is not None:
+            settle(output, practice, yes)
+    asked = read_conversion(found.protocol)
     for warning in asked.warnings if asked else ():
         output.warn(warning)
+    if asked and (calib_samples or calib_length):
+        output.warn("--calib_samples and --calib_length have no effect on a conversion, which calibrates nothing")
     if asked and asked.protocol is None:
         convert_and_show(
             output,
@@ -101,23 +133,26 @@ def command(
         return
     # What a plugin prints is not this command's result.
     with (
-        asked.protocol_file() if asked else nullcontext(config_path) as config_path,
+        asked.protocol_file() if asked else nullcontext(found.protocol) as protocol,
         progress(output, "quantizing") as observers,
         redirect_stdout(sys.stderr),
     ):
         planned = {
             "model_path": str(model_path),
-            "config_path": str(config_path),
+            "config_path": str(protocol),
             "model_type": model_type,
             "trust_remote_code": trust_remote_code,
             "engine": engine,
             "tp": tp,
             "max_memory": max_memory,
+            "calib_samples": calib_samples,
+            "calib_length": calib_length,
         }
         with crew(device, workers, {"save_path": str(save_path), "planned": planned}) as members:
-            plan = plan_as(members, planned, observers)
+            plan = plan_as(members, planned, observers, practice)
             for warning in plan.warnings if members.rank == 0 else ():
-                output.warn(warning)
+                if not is_told(warning, practice):
+                    output.warn(warning)
             output.note(f"runner {plan.runner}: {plan.runner_why}")
             if max_memory is not None:
                 output.note(plan.costs.residency)
@@ -198,6 +233,8 @@ def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("size", f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({before / after:.2f} times smaller)"),
         ("calibration", calibration),
     ]
+    if report["practice"]:
+        rows.insert(1, ("practice", report["practice"]["config_id"]))
     if fallen := fallen_back(report):
         rows.append(("fell back", fallen))
     if report["peak_memory_bytes"]:

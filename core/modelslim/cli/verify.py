@@ -60,6 +60,8 @@ def command(
         ("schemes", ", ".join(f"{count} linears {scheme}" for scheme, count in found.schemes.items())),
         ("float", f"{len(floats)} linear{'' if len(floats) == 1 else 's'}{more}"),
         ("engine", found.engine or "none"),
+        *([("asked", found.asked)] if found.asked else []),
+        *([("by contract only", found.by_contract)] if found.by_contract else []),
         ("faults", str(len(faults)) if faults else "none"),
     ]
     output.table(f"Verified in {time.monotonic() - start:.1f} s", ["", ""], rows)

@@ -16,6 +16,7 @@ from modelslim.activations import Boundary
 from modelslim.batches import batched
 from modelslim.devices import synchronize, work_alone
 from modelslim.edits import stored_edits
+from modelslim.inputs import model_inputs
 from modelslim.kv_cache import QuantizedCache, attentions, open_places
 from modelslim.loader import Loader
 from modelslim.memory import Trimmer
@@ -118,7 +119,7 @@ class Engine:
         self._loader.fill_on_demand(self._units)
         if plan.session.has("enable_kv_cache"):
             plan.session.enable_kv_cache(self._model, False)
-        inputs = plan.session.handle_dataset(plan.samples, plan.device)
+        inputs = model_inputs(plan.session, plan.samples, plan.device, plan.calib_length)
         if not plan.replays:  # an algorithm that runs the unit itself counts samples
             inputs = batched(inputs)
         rounds = merge_order([tokens_of(one) for one in inputs], self._ranks.size)[self._ranks.rank]

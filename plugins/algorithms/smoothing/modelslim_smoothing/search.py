@@ -73,7 +73,7 @@ def search(
     Returns:
         number of the best one, the last of equals; and the relative squared errors, float64 [grid].
     """
-    found = []
+    found: list[Tensor | None] = []
     for trial in tried:
         own = scales if trial.expert is None else scales[:, trial.expert]
         parts = torch.split(own, _at_once(trial))

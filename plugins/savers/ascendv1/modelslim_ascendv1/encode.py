@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from modelslim.api import QuantizedLinear, SaveError, e2m1_nibbles, integer_matmul, pack_bits, to_e8m0, to_unsigned
+from modelslim.api import QuantizedLinear, SaveError, e2m1_nibbles, pack_bits, to_e8m0
 from modelslim_ascendv1.int4 import pack_rows
 from modelslim_ascendv1.layout import INNER, MULTIPLIER, TP_SLICES, deq_scale_dtype, is_row_parallel
 from modelslim_ascendv1.schemes import refusals
@@ -112,7 +112,7 @@ def _packed_rows(name: str, module: QuantizedLinear, model_dtype: str) -> Tensor
 def _packed_words(name: str, module: QuantizedLinear, model_dtype: str) -> Tensors:
     """W4A16, under the names of compressed-tensors: eight inputs in one int32."""
     dtype: torch.dtype = getattr(torch, model_dtype)
-    yield "weight_packed", pack_bits(to_unsigned(module.codes, 4), 4)
+    yield "weight_packed", pack_bits(module.codes, 4)
     yield "weight_scale", module.scale.to(dtype)
     yield "weight_shape", torch.tensor(module.codes.shape, dtype=torch.int32)
     if module.offset is not None:
@@ -132,10 +132,12 @@ def _added_offset(module: QuantizedLinear) -> Tensor:
 
 def _row_sums(codes: Tensor, slices: int = 1) -> Tensor:
     """Sums of int8 [out, in] over each of ``slices`` equal parts of a row, int32 [out, slices]."""
-    parts = codes.reshape(-1, codes.shape[1] // slices)
-    # A product with ones is several times as fast as sum, which converts all that it is given; 8 columns suit kernels.
-    sums = integer_matmul(parts, parts.new_ones(8, parts.shape[1]))[:, 0]
-    return sums.to(torch.int32).view(-1, slices)
+    columns = codes.shape[1] // slices
+    # Products with ones: unlike a sum they convert nothing, and take a fifth of the time, in slices a twentieth.
+    # In blocks, since the kernel may copy what it is given.
+    ones = torch.ones(columns, 1, dtype=torch.int8)
+    blocks = (block.reshape(-1, columns) for block in torch.split(codes, 256))
+    return torch.cat([torch._int_mm(block, ones).view(-1, slices) for block in blocks])
 
 
 _WRITERS: Mapping[str, Callable[[str, QuantizedLinear, str], Tensors]] = {

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_BLOCK_ROWS = 64
+
 
 def pack_rows(codes: Tensor) -> Tensor:
     """Two neighbouring rows into one: row 2r in the low nibble, row 2r+1 in the high one.
@@ -16,7 +18,11 @@ def pack_rows(codes: Tensor) -> Tensor:
     Returns:
         int8 [rows / 2, columns].
     """
-    return (codes[0::2] & 0x0F) | (codes[1::2] << 4)
+    packed = torch.empty(codes.shape[0] // 2, codes.shape[1], dtype=torch.int8)
+    # In blocks that stay in the cache of a core. A sum that overflows drops the same bits as a shift, and is faster.
+    for block, target in zip(torch.split(codes, _BLOCK_ROWS), torch.split(packed, _BLOCK_ROWS // 2), strict=True):
+        torch.add(block[0::2] & 0x0F, block[1::2], alpha=16, out=target)
+    return packed
 
 
 def unpack_rows(packed: Tensor) -> Tensor:

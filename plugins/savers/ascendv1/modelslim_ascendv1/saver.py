@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelslim.api import (
     CacheInfo,
+    EngineAnswer,
     LinearInfo,
     PlannedModel,
     Problem,
@@ -27,6 +28,7 @@ from modelslim.api import (
 from modelslim_ascendv1.caches import CACHE_TYPE, GLOBAL, cache_sizes, encode_cache, read_caches
 from modelslim_ascendv1.decode import read_layout
 from modelslim_ascendv1.encode import encode
+from modelslim_ascendv1.in_vllm_ascend import ask_vllm_ascend
 from modelslim_ascendv1.layout import (
     DESCRIPTION,
     FLOAT_TYPE,
@@ -175,3 +177,10 @@ class AscendV1Saver(Saver):
             ModelError: the description and the tensors contradict each other; names the tensor.
         """
         return read_layout(path, shapes)
+
+    @classmethod
+    def ask_engine(cls, engine: str, path: Path, model: PlannedModel, tensors: Mapping[str, Tensor]) -> EngineAnswer:
+        """See ``Saver.ask_engine``; vllm-ascend is asked."""
+        if engine == cls.engine:
+            return ask_vllm_ascend(path, model, tensors)
+        return super().ask_engine(engine, path, model, tensors)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modelslim.api import LinearInfo, QuantizedLinear, QuantizedTensor, QuantSpec, SaveError, TensorSpec
+from modelslim_ascendv1.int4 import pack_rows, unpack_rows
 from modelslim_ascendv1.saver import AscendV1Saver
 
 Array = NDArray[np.float64]
@@ -325,3 +326,10 @@ def test_scheme_without_a_type_is_not_written(linear: Callable[..., QuantizedLin
         store(linear(spec), "bfloat16")
     with pytest.raises(SaveError, match="int8 per_group weights with int8 activations"):
         AscendV1Saver().encoded_sizes(LinearInfo("a", "a", "", 24, 64, False, "bfloat16"), spec, "bfloat16")
+
+
+def test_rows_of_more_than_a_block_are_packed_in_pairs() -> None:
+    codes = torch.randint(-8, 8, (130, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    nibbles = codes.int() & 15
+    assert torch.equal(pack_rows(codes).int() & 255, nibbles[::2] | nibbles[1::2] << 4)
+    assert torch.equal(unpack_rows(pack_rows(codes)), codes)

@@ -17,7 +17,6 @@ from modelslim.api import (
     from_e2m1_nibbles,
     pack_bits,
     to_signed,
-    to_unsigned,
     unpack_bits,
 )
 
@@ -84,11 +83,11 @@ def _words_layout(spec: QuantSpec, rows: int, columns: int) -> Layout:
 
 def _words(module: QuantizedLinear) -> Iterator[tuple[str, Tensor]]:
     bits = module.spec.weight.bits
-    yield "weight_packed", pack_bits(to_unsigned(module.codes, bits), bits)
+    yield "weight_packed", pack_bits(module.codes, bits)
     yield "weight_shape", torch.tensor(module.codes.shape)
     if module.offset is not None:
         # Along the outputs, while the codes are packed along the inputs.
-        yield "weight_zero_point", pack_bits(to_unsigned(module.offset.t().contiguous(), bits), bits).t().contiguous()
+        yield "weight_zero_point", pack_bits(module.offset.t(), bits).t().contiguous()
 
 
 def _from_words(spec: QuantSpec, parts: Parts) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ import torch
 
 from modelslim.api import (
     CacheInfo,
+    EngineAnswer,
     LinearInfo,
     PlannedModel,
     Problem,
@@ -32,6 +33,7 @@ from modelslim_compressed_tensors.decode import KEY, read_config, read_layout, r
 from modelslim_compressed_tensors.encode import encode
 from modelslim_compressed_tensors.engine import check_config
 from modelslim_compressed_tensors.formats import layout, sizes
+from modelslim_compressed_tensors.in_transformers import ask_transformers
 from modelslim_compressed_tensors.rules import find_problems
 from modelslim_compressed_tensors.schemes import refusals
 
@@ -138,3 +140,10 @@ class CompressedTensorsSaver(Saver):
     def check_files(cls, path: Path) -> Sequence[Problem]:
         """What the compressed-tensors package, where it is installed, says of ``quantization_config``."""
         return check_config(path / "config.json")
+
+    @classmethod
+    def ask_engine(cls, engine: str, path: Path, model: PlannedModel, tensors: Mapping[str, Tensor]) -> EngineAnswer:
+        """See ``Saver.ask_engine``; transformers is asked, with the compressed-tensors package."""
+        if engine == "transformers":
+            return ask_transformers(path, model, tensors)
+        return super().ask_engine(engine, path, model, tensors)

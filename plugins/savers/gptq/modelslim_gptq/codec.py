@@ -74,7 +74,7 @@ def encode(name: str, module: QuantizedLinear, model_dtype: str) -> Iterator[tup
     if module.input_multiplier is not None:
         raise SaveError(f"{name}: GPTQ has no place for what its input is multiplied by", hint="smooth without it")
     bits, groups = module.spec.weight.bits, module.scale.shape[1]
-    yield f"{name}.qweight", pack_bits(to_unsigned(module.codes, bits), bits).t().contiguous()
+    yield f"{name}.qweight", pack_bits(module.codes, bits).t().contiguous()
     yield f"{name}.qzeros", pack_bits(_zeros(module).t(), bits)
     yield f"{name}.scales", module.scale.t().contiguous().to(getattr(torch, scale_dtype(model_dtype)))
     yield f"{name}.g_idx", _group_of_input(module.in_features, groups)
