@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 from modelslim.errors import ModelError
 from modelslim.session import Session
+from modelslim.spill import Spill
 from modelslim.types import ProcessRequest
 
 
@@ -27,6 +28,7 @@ class Boundary:
         inputs: one model input per sample.
         units: names of the units, in the order of the visit.
         around: opened while code of the model outside the units runs.
+        spill: takes the memory of samples that wait; None to leave it to them.
     """
 
     def __init__(
@@ -36,9 +38,11 @@ class Boundary:
         inputs: Sequence[Any],
         units: Sequence[str],
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        spill: Spill | None = None,
     ) -> None:
         self._order = {unit: index for index, unit in enumerate(units)}
         self._around = around
+        self._spill = spill
         self._forwards: list[Generator[ProcessRequest, Any, Any]] = [
             session.generate_model_forward(model, sample) for sample in inputs
         ]
@@ -57,6 +61,7 @@ class Boundary:
         with self._around():
             for index in self._numbers(among):
                 self._requests[index] = self._arrive(next(self._forwards[index]), "")
+                self._sleep(index)
 
     def run_unit(
         self,
@@ -84,6 +89,9 @@ class Boundary:
         tokens = 0
         for index in self._numbers(among):
             request = self._requests[index]
+            if request is None or request.name != unit:
+                continue
+            self._wake(index)
             while request is not None and request.name == unit:
                 output = self._held.pop(index) if index in self._held else _compute(request)
                 tokens += _tokens(request)
@@ -93,6 +101,7 @@ class Boundary:
                         self._requests[index] = request = self._arrive(self._forwards[index].send(output), unit)
                 del output
                 after_sample()
+            self._sleep(index)
         return tokens
 
     def waiting(self, unit: str) -> dict[int, ProcessRequest]:
@@ -131,13 +140,17 @@ class Boundary:
         waiting = self.waiting(unit)
         if among is not None:
             waiting = {index: waiting[index] for index in among if index in waiting}
+        tokens = 0
         for index, request in waiting.items():
+            self._wake(index)
             output = _compute(request)
+            tokens += _tokens(request)
             if hold:
                 self._held[index] = output
             del output
             after_sample()
-        return sum(map(_tokens, waiting.values()))
+            self._sleep(index)
+        return tokens
 
     def finish_sample(self, index: int, unit: str) -> Any:
         """Compute the last unit on one sample and let its forward run to the end.
@@ -155,6 +168,7 @@ class Boundary:
                 hint="generate_model_visit of the adapter must yield no unit that the forward does not call",
             )
         self._requests[index] = None
+        self._wake(index)
         try:
             while True:
                 request = self._arrive(self._forwards[index].send(_compute(request)), unit)
@@ -163,6 +177,25 @@ class Boundary:
 
     def _numbers(self, among: Sequence[int] | None) -> Sequence[int]:
         return range(len(self._forwards)) if among is None else among
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """All samples at once, for whoever takes their calls and held outputs out of here."""
+        for index in range(len(self._requests)):
+            self._wake(index)
+        yield
+        for index in range(len(self._requests)):
+            self._sleep(index)
+
+    def _sleep(self, index: int) -> None:
+        if self._spill is not None:
+            request = self._requests[index]
+            calls = () if request is None else (request.args, request.kwargs)
+            self._spill.sleep((self, index), (calls, self._held.get(index)))
+
+    def _wake(self, index: int) -> None:
+        if self._spill is not None:
+            self._spill.wake((self, index))
 
     def _arrive(self, request: ProcessRequest, behind: str) -> ProcessRequest:
         """Check that a forward that has passed one unit did not arrive at one that lies before it."""

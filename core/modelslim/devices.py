@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KINDS = ("cpu", "cuda", "npu")
+EXAMPLE = "cuda:0"
 _GRAMMAR = re.compile(r"(?P<kind>[a-z]+)(?::(?P<indices>\d+(?:,\d+)*))?", re.IGNORECASE)
 
 
@@ -204,6 +205,19 @@ def synchronize(device: str) -> None:
         torch.accelerator.synchronize(device)
 
 
+def is_host(device: str) -> bool:
+    """True when the device computes in the computer's own memory."""
+    return device.startswith("cpu")
+
+
+def forget_peak(device: str) -> None:
+    """Let the device's peak memory count from now on."""
+    import torch
+
+    if not device.startswith("cpu"):
+        getattr(torch, device.partition(":")[0]).reset_peak_memory_stats(device)
+
+
 def peak_device_memory(device: str) -> dict[str, int]:
     """Bytes of tensors that an accelerator held at most, by device; empty for the CPU, whose memory is the host's."""
     import torch
@@ -211,6 +225,15 @@ def peak_device_memory(device: str) -> dict[str, int]:
     if device.startswith("cpu"):
         return {}
     return {device: int(getattr(torch, device.partition(":")[0]).max_memory_allocated(device))}
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes of an accelerator that nobody holds; None for the CPU."""
+    import torch
+
+    if device.startswith("cpu"):
+        return None
+    return int(getattr(torch, device.partition(":")[0]).mem_get_info(device)[0])
 
 
 def has_integer_matmul(x: Tensor, weight: Tensor) -> bool:

@@ -25,6 +25,7 @@ from modelslim.guard import prove_forward
 from modelslim.inputs import holds_media
 from modelslim.kv_cache import attentions, open_places
 from modelslim.loader import Loader
+from modelslim.memory import Budget, parse_budget
 from modelslim.model_info import ModelInfo, describe, other_matrices
 from modelslim.plan_caches import cache_specs, check_stored, with_caches, with_held_cache_scales
 from modelslim.plan_checks import Checks, Step, with_scale_dtypes
@@ -44,10 +45,12 @@ from modelslim.runners.choice import choose_runner
 from modelslim.sampling import choose_samples
 from modelslim.saver import PlannedModel, Saver
 from modelslim.session import Session
+from modelslim.token_lengths import token_lengths
 from modelslim.types import Problem, QuantSpec, Topology
 from modelslim.vlm_dataset import read_vlm_samples
 
 if TYPE_CHECKING:
+    from modelslim.plan_costs import Costs
     from modelslim.practice_choice import Choice
 
 
@@ -79,6 +82,9 @@ class Plan:
         target: the engine that the result is checked for; None when no contract of it is known.
         practice: how the protocol was chosen; None when the user named it.
         warnings: what the user should know and what does not stop the run.
+        lengths: tokens of each input that passes the model at once: a sample, or several of equal length.
+        ranks: how many processes share the run.
+        budget: what the run may hold in memory.
         stage: number of the prior stage, from 0; None for the main one.
         prior: the stages before the main one, in order; empty for a prior stage.
         seconds: what it took to make the plan.
@@ -107,6 +113,9 @@ class Plan:
     target: Target | None
     practice: Choice | None
     warnings: Sequence[str]
+    lengths: Sequence[int]
+    ranks: int
+    budget: Budget
     stage: int | None = None
     prior: Sequence[Plan] = ()
     seconds: float = 0.0
@@ -115,6 +124,17 @@ class Plan:
     def stages(self) -> Sequence[Plan]:
         """All stages in the order in which they run, the main one last."""
         return (*self.prior, self)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What the stage is expected to hold and to take, and how it keeps to the budget.
+
+        Raises:
+            UsageError: the budget is too small.
+        """
+        from modelslim.plan_costs import find_costs  # which needs plans itself
+
+        return find_costs(self)
 
     @property
     def specs(self) -> Mapping[str, QuantSpec]:
@@ -203,6 +223,7 @@ def make_plan(
     calib_length: int | None = None,
     practice: Choice | None = None,
     ranks: int = 1,
+    max_memory: str | None = None,
     observers: Sequence[tuple[str, object]] = (),
     document: Document | None = None,
 ) -> Plan:
@@ -221,6 +242,8 @@ def make_plan(
         calib_length: tokens after which a calibration text is cut; None for never.
         practice: how the protocol was chosen, for the report; None when the user named it.
         ranks: how many processes share the run, each with a device of its own.
+        max_memory: what the run may hold beyond what the process holds by then, as in ``24GiB,cuda:0=60GiB``; None
+            for no limit but what is free on an accelerator.
         observers: further plugins of this run, by name.
         document: the protocol, when it is part of another file, which ``config_path`` then is; None to read it.
 
@@ -237,6 +260,7 @@ def make_plan(
     if protocol is None:
         raise _refusal(config_path, diagnostics)
     with _together_with(diagnostics):
+        budget = parse_budget(max_memory)
         resolved = resolve_device(device)
         checkpoint = Checkpoint(model_path)
         kind, name, remark = choose_adapter(checkpoint.config, model_type, registry)
@@ -308,6 +332,10 @@ def make_plan(
         samples = [
             _wanted(read[one][0], own, info, model, calib_samples) for one, own in zip(datasets, stages, strict=True)
         ]
+        lengths = [
+            token_lengths(session, some, calib_length, joined=not any(step.algorithm.replays for step in own))
+            for some, own in zip(samples, stages, strict=True)
+        ]
         unproven: Sequence[str] = ()
         if any(samples):
             unproven = prove_forward(session, model, checkpoint, kind, name, trust_remote_code, registry)
@@ -347,13 +375,20 @@ def make_plan(
             *checks.warnings,
             *_left_float(info, model),
         ],
+        lengths=lengths[-1],
+        ranks=ranks,
+        budget=budget,
         seconds=time.perf_counter() - start,
     )
+    parts = enumerate(zip(stages[:-1], samples[:-1], datasets[:-1], lengths[:-1], strict=True))
     prior = [
-        replace(plan, steps=own, samples=some, dataset=dataset, stage=number)
-        for number, (own, some, dataset) in enumerate(zip(stages[:-1], samples[:-1], datasets[:-1], strict=True))
+        replace(plan, steps=own, samples=some, dataset=dataset, lengths=tokens, stage=number)
+        for number, (own, some, dataset, tokens) in parts
     ]
-    return replace(plan, prior=prior)
+    plan = replace(plan, prior=prior)
+    for stage in plan.stages:
+        _ = stage.costs  # refuses a budget that is too small
+    return plan
 
 
 def by_stage(protocol: Protocol, steps: Sequence[Step]) -> list[list[Step]]:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from modelslim.memory import in_words
 from modelslim.module_sizes import star
 from modelslim.plan import Plan
+from modelslim.plan_costs import Costs
 from modelslim.plan_rows import Row, bits_per_weight, origin, rows, verdicts
 from modelslim.runners.work import count_passes
 
@@ -43,6 +45,8 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": bits_per_weight(weights),
         "engines": verdicts(plan),
         "weights": [asdict(row) for row in weights],
+        "costs": plan.costs.as_data(),
+        "seconds": round(sum(stage.costs.seconds for stage in plan.stages), 3),
         "smoothing": [asdict(place) for place in places(plan)],
         "warnings": list(plan.warnings),
     }
@@ -97,3 +101,30 @@ def sizes(plan: Plan) -> dict[str, int]:
     """Bytes of all tensors before and after."""
     before = sum(stored.nbytes for stored in plan.checkpoint.stored.values())
     return {"bytes_before": before, "bytes_after": sum(plan.result_sizes().values())}
+
+
+def phase_rows(costs: Costs) -> list[tuple[str, ...]]:
+    """What each phase holds and takes, for people."""
+    return [
+        (
+            phase.name,
+            in_words(phase.host_bytes),
+            ", ".join(f"{name} {in_words(nbytes)}" for name, nbytes in _largest(phase.host or phase.device)),
+            in_words(phase.device_bytes) if phase.device else "",
+            in_time(phase.seconds),
+            in_words(phase.read),
+            in_words(phase.written),
+        )
+        for phase in costs.phases
+    ]
+
+
+def in_time(seconds: float) -> str:
+    """A duration as people read it."""
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _largest(parts: Mapping[str, int], count: int = 2) -> list[tuple[str, int]]:
+    return sorted(parts.items(), key=lambda one: -one[1])[:count]

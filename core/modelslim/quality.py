@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modelslim.devices import bfloat16_products
 from modelslim.experts import ExpertLinear
 from modelslim.quantized import QuantizedExperts, QuantizedLinear
 from modelslim.statistics import RowSample, UnitStatistics
+
+_BLOCK = 1 << 22  # values of a weight that are float32 at once
 
 
 @dataclass(frozen=True)
@@ -66,33 +69,44 @@ def judge(
     for name, module in modules.items():
         if name in expected:
             rows, counts = _rows(module, name, statistics)
+            rows = rows.to(torch.float32)
             y = module(rows, counts) if isinstance(module, QuantizedExperts) else module(rows)
             found[name] = _quality(y, expected[name], _clipped(module, rows, counts))
     return found
 
 
 def _rows(linear: nn.Module, name: str, statistics: UnitStatistics) -> tuple[Tensor, list[int]]:
-    """Sampled inputs in float32; for experts one after the other, with the number of each."""
+    """Sampled inputs; for experts one after the other, with the number of each."""
     if isinstance(linear, (ExpertLinear, QuantizedExperts)):
         samples = [sample.rows for sample in statistics.get_experts(name, RowSample)]
         kept = [rows for rows in samples if rows is not None]
         counts = [0 if rows is None else len(rows) for rows in samples]
-        return torch.cat(kept).to(torch.float32) if kept else torch.empty(0, 0), counts
+        return torch.cat(kept) if kept else torch.empty(0, 0), counts
     found = statistics.get(name, RowSample).rows
-    return (torch.empty(0, 0) if found is None else found.to(torch.float32)), []
+    return (torch.empty(0, 0) if found is None else found), []
 
 
 def _compute(linear: nn.Module, rows: Tensor, counts: Sequence[int]) -> Tensor:
     if isinstance(linear, ExpertLinear):
         parts = [
-            part @ linear.weight[expert].to(torch.float32).t() + (0 if linear.bias is None else linear.bias[expert])
+            _product(part, linear.weight[expert]) + (0 if linear.bias is None else linear.bias[expert])
             for expert, part in enumerate(torch.split(rows, list(counts)))
             if len(part)
         ]
         return torch.cat(parts)
     assert isinstance(linear, nn.Linear)
-    bias = None if linear.bias is None else linear.bias.to(torch.float32)
-    return nn.functional.linear(rows, linear.weight.to(torch.float32), bias)
+    y = _product(rows, linear.weight)
+    return y if linear.bias is None else y.add_(linear.bias)
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows @ weight.t()`` in float32, some rows of the weight at a time: a float32 copy of all would be the largest
+    thing in memory."""
+    exact = rows if weight.dtype == rows.dtype else rows.to(torch.float32)
+    wide = rows.to(torch.float32)
+    with bfloat16_products(exact):
+        parts = [wide @ part.to(torch.float32).t() for part in torch.split(weight, max(1, _BLOCK // weight.shape[1]))]
+    return torch.cat(parts, 1)
 
 
 def _clipped(module: QuantizedLinear, rows: Tensor, counts: Sequence[int]) -> float:

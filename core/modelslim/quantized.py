@@ -129,9 +129,12 @@ class QuantizedLinear(nn.Module):
             rows = rows * self.input_multiplier
         if self._multiplies_integers:
             codes, scale, offset = self._quantize_input(rows)
-            y = integer_matmul(codes, self.codes)
-            if offset is not None:
-                y = y - offset.to(torch.float32) * self.codes.sum(1, dtype=torch.float32)
+            if offset is None:
+                y = integer_matmul(codes, self.codes)
+            else:
+                # A row of ones gives the sums of the weight's rows in the same product.
+                y = integer_matmul(torch.cat([codes, codes.new_ones(1, codes.shape[1])]), self.codes)
+                y = y[:-1] - offset.to(torch.float32) * y[-1]
             y = y * (scale * self.scale.view(1, -1))
         else:
             values = rounded_inputs(rows, self.spec.activation, self.input_scale, self.input_offset)

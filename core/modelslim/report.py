@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from modelslim.devices import describe_computer
 from modelslim.journal import VERSION
 from modelslim.media import content
+from modelslim.memory import Meter, resident_memory
 from modelslim.module_sizes import module_sizes
 from modelslim.plan import Plan
 from modelslim.protocol.document import format_path
@@ -69,6 +69,7 @@ def make_report(
     save_path: Path,
     units: Sequence[Mapping[str, Any]],
     records: Sequence[TensorRecord],
+    meter: Meter,
     prior: Sequence[Sequence[Mapping[str, Any]]] = (),
     command: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def make_report(
         save_path: where the result goes.
         units: the records of the main stage's units.
         records: what was written.
+        meter: has measured the run's memory.
         prior: the records of each prior stage's units.
         command: the command line; empty where a program ran it.
     """
@@ -113,6 +115,7 @@ def make_report(
         "rescaled": sorted(plan.rescaled),
         "left_out": sorted(plan.left_out),
         "peak_memory_bytes": peak_memory(),
+        "memory": memory_record(plan, meter),
         "warnings": list(plan.warnings),
         "versions": versions(plan),
         "prior": [
@@ -126,6 +129,20 @@ def make_report(
         ],
         "provenance": provenance(plan, list(versions(plan)), command),
         "units": list(units),
+    }
+
+
+def memory_record(plan: Plan, meter: Meter) -> dict[str, Any]:
+    """What the run has held by now beyond the program itself, beside what was expected and allowed, by place."""
+    costs = plan.costs
+    budget = {"host": plan.budget.host, **plan.budget.devices}
+    return {
+        "peak_bytes": meter.peaks(),
+        "estimated_bytes": costs.peaks,
+        "budget_bytes": {place: nbytes for place, nbytes in budget.items() if nbytes is not None},
+        "activations": costs.layout.activations if plan.samples else None,
+        "reads_ahead": costs.layout.ahead,
+        "estimated_seconds": round(costs.seconds, 3),
     }
 
 
@@ -151,11 +168,10 @@ class Phases:
 
 
 def peak_memory() -> int | None:
-    """Largest resident set of this process so far, in bytes; None where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.exists():  # what getrusage tells begins with the memory of the parent process
-        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        return int(match[1]) * 1024 if match else None
+    """Largest resident set of this process since the run began, imports included; None where nobody tells."""
+    highest = resident_memory("VmHWM")
+    if highest is not None:  # what getrusage tells begins with the memory of the parent process
+        return highest
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

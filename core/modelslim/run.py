@@ -13,11 +13,12 @@ from modelslim.debug_info import has_unit, write_plan
 from modelslim.errors import Diagnostic, RankError, VerificationError
 from modelslim.journal import FAULTY, FinishedStage, FinishedUnit, differences, is_whole
 from modelslim.launch import Crew, crew, is_first_process
+from modelslim.memory import Meter
 from modelslim.overlay import Overlay
 from modelslim.plan import Plan, make_plan
 from modelslim.practice_choice import Choice
 from modelslim.ranks import ALONE, Ranks
-from modelslim.report import REPORT, Phases, journal_header, make_report
+from modelslim.report import REPORT, Phases, journal_header, make_report, memory_record
 from modelslim.report_page import write_page
 from modelslim.result import ResultWriter, RunOutput
 from modelslim.verify import verify_run
@@ -35,6 +36,7 @@ def quantize(
     trust_remote_code: bool = False,
     engine: str | None = None,
     tp: int = 1,
+    max_memory: str | None = None,
     calib_samples: int | None = None,
     calib_length: int | None = None,
     check: bool = True,
@@ -55,6 +57,7 @@ def quantize(
         trust_remote_code: allow code of the checkpoint to run.
         engine: refuse what this engine does not load; see ``make_plan``.
         tp: the engine's degree of tensor parallelism.
+        max_memory: what the run may hold; see ``make_plan``.
         calib_samples: calibrate on at most so many samples; None for as many as the algorithms want.
         calib_length: tokens after which a calibration text is cut; None for never.
         check: verify the result before it gets its name.
@@ -80,6 +83,7 @@ def quantize(
         "trust_remote_code": trust_remote_code,
         "engine": engine,
         "tp": tp,
+        "max_memory": max_memory,
         "calib_samples": calib_samples,
         "calib_length": calib_length,
     }
@@ -160,7 +164,12 @@ def run_plan(
     phases = Phases()
     phases.end("plan", plan.seconds)
     check_save_path(save_path, plan.checkpoint.path)
-    check_space(save_path, sum(plan.result_sizes().values()) + plan.kept_bytes())
+    in_file = max(
+        (one.costs.job.activation_bytes for one in plan.stages if one.costs.layout.activations == "file"), default=0
+    )
+    check_space(save_path, sum(plan.result_sizes().values()) + plan.kept_bytes() + in_file)
+    meter = Meter(plan.device)
+    meter.start()
     runner = plan.registry.load("runners", plan.runner)()
     output = OutputDirectory(save_path, journal_header(plan), resume=not restart)
     with _telling_of_rest(output, say), plan.checkpoint, output:
@@ -179,7 +188,7 @@ def run_plan(
             prior = [stage.records for stage in writer.overlay.stages]
             phases.end("units")
             records = writer.finish()
-        report = {**make_report(plan, save_path, units, records, prior, command), "verified": False}
+        report = {**make_report(plan, save_path, units, records, meter, prior, command), "verified": False}
         phases.end("files and report")
         report["phases"] = phases.done
         write_json(output.path / REPORT, report)
@@ -191,6 +200,7 @@ def run_plan(
             _verify(plan, output, [*(unit for stage in prior for unit in stage), *units])
             report["verified"] = True
             phases.end("verify")
+            report["memory"] = memory_record(plan, meter)
             write_json(output.path / REPORT, report)
         write_page(report, output.path)
         output.commit()

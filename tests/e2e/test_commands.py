@@ -26,9 +26,9 @@ WriteProtocol = Callable[[str], Path]
 GOOD = sorted((Path(__file__).parents[1] / "protocol" / "good").glob("*.yaml"))
 OPTIONS = {
     "quant": "model_path save_path model_type quant_type tag yes practices config_path calib_samples calib_length "
-    "device workers engine tp trust_remote_code restart debug verify json quiet",
+    "device workers engine tp max_memory trust_remote_code restart debug verify json quiet",
     "plan": "model_path model_type quant_type tag practices config_path calib_samples calib_length device workers "
-    "engine tp trust_remote_code json",
+    "engine tp max_memory trust_remote_code json",
     "practices": "practices json",
     "verify": "float engine tp trust_remote_code json",
     "convert": "save_path to part_file_size round_scales engine tp trust_remote_code verify json quiet",

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from importlib.resources import files
 from math import prod
 from pathlib import Path
@@ -182,3 +183,50 @@ def test_four_times_the_layers_need_no_more_memory(
     )
     assert sizes[24] - sizes[6] > 0.2 * peaks[6]  # else the next line would show nothing
     assert peaks[24] <= 1.05 * peaks[6]
+
+
+def test_under_a_budget_four_times_the_samples_need_no_more_memory(
+    cost_of: Callable[..., Cost],
+    llama_factory: Callable[..., Path],
+    protocol: Callable[[str], Path],
+    w8a8_static: str,
+    calibration_file: Path,
+    calibration_texts: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    model = llama_factory(
+        hidden_size=1024,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        max_position_embeddings=4096,
+        initializer_range=0.02,
+    )
+    words = " ".join(calibration_texts) * 4
+    cost: dict[tuple[int, bool], Cost] = {}
+    allowed = 0
+    for samples in (8, 32):
+        data = tmp_path / f"{samples}.jsonl"
+        data.write_text("".join(json.dumps({"text": f"{words} {'a ' * number}"}) + "\n" for number in range(samples)))
+        config = protocol(w8a8_static.replace(str(calibration_file), str(data)))
+        for tight in (False, True):
+            result = tmp_path / f"result-{samples}-{tight}"
+            paths = ("--model_path", model, "--save_path", result, "--config_path", config)
+            budget = ("--max-memory", f"{allowed}B") if tight else ()
+            cost[samples, tight] = cost_of("quant", "--quiet", *paths, "--device", "cpu", *budget)
+            memory = json.loads((result / "report.json").read_text())["memory"]
+            assert memory["activations"] == ("file" if tight else "host")
+            if tight:
+                assert memory["peak_bytes"]["host"] <= memory["budget_bytes"]["host"] == allowed
+            elif not allowed:  # a little less than the fewer samples would need
+                allowed = memory["estimated_bytes"]["host"] - 5_000_000
+        sums = [
+            [sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))]
+            for folder in (tmp_path / f"result-{samples}-False", tmp_path / f"result-{samples}-True")
+        ]
+        assert sums[0] == sums[1] != []
+    peaks = {key: one.peak_bytes for key, one in cost.items()}
+    print(", ".join(f"{samples} {tight}: {peak / 1e6:.0f} MB" for (samples, tight), peak in peaks.items()))
+    assert peaks[32, False] > 1.1 * peaks[8, False]  # else the next line would show nothing
+    assert peaks[32, True] <= 1.08 * peaks[8, True]  # promised: 1.05

@@ -93,6 +93,13 @@ workers_option = option(
     help="How many processes share the work on the CPU.  [default: 1]",
 )
 
+max_memory_option = option(
+    "--max_memory",
+    default=None,
+    help="What the run may hold beyond the program itself: 24GiB, and of accelerators 24GiB,cuda:0=60GiB.  [default: "
+    "no limit, and what is free on an accelerator]",
+)
+
 model_type_option = option(
     "--model_type",
     default=None,

@@ -18,6 +18,7 @@ from modelslim.cli.options import (
     devices_option,
     engine_option,
     json_option,
+    max_memory_option,
     model_path_option,
     model_type_option,
     practices_option,
@@ -53,6 +54,7 @@ _OTHERS = {
 @workers_option
 @engine_option
 @tp_option
+@max_memory_option
 @trust_remote_code_option
 @json_option
 @pass_output
@@ -70,6 +72,7 @@ def command(
     workers: int | None,
     engine: str | None,
     tp: int,
+    max_memory: str | None,
     trust_remote_code: bool,
 ) -> None:
     """Show what quant would do, and refuse what it could not.
@@ -79,8 +82,9 @@ def command(
     from modelslim.devices import prepare_threads, resolve_devices
 
     prepare_threads()
+    from modelslim.memory import peaks_in_words
     from modelslim.plan import make_plan
-    from modelslim.plan_table import as_data
+    from modelslim.plan_table import as_data, in_time, phase_rows
 
     found = find_protocol(Asked(config_path, quant_type, tags, practice_folders, model_path, model_type, engine))
     for remark in found.remarks:
@@ -100,6 +104,7 @@ def command(
         trust_remote_code=trust_remote_code,
         engine=found.engine,
         tp=tp,
+        max_memory=max_memory,
         calib_samples=calib_samples,
         calib_length=calib_length,
         practice=practice,
@@ -140,12 +145,20 @@ def command(
         )
     output.table(
         "",
+        ["phase", "memory", "of which", "device", "time", "read", "written"],
+        phase_rows(plan.costs),
+    )
+    output.table(
+        "",
         ["", ""],
         [
             ("size", _change(data["bytes_before"], data["bytes_after"])),
             ("bits per weight, of linears", _bits(data["bits_per_weight"])),
             *((stage["entry"], calibration(stage)) for stage in data["prior"]),
             ("calibration", calibration(data)),
+            ("time", f"about {in_time(data['seconds'])}, as estimated for {plan.costs.machine.name}"),
+            ("peak memory", f"about {peaks_in_words(plan.costs.peaks)}, beyond the program itself"),
+            ("residency", plan.costs.residency),
             ("device", ", ".join(dict.fromkeys(devices))),
             ("runner", f"{plan.runner}: {plan.runner_why}"),
             ("adapter", plan.adapter),

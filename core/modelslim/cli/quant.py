@@ -21,6 +21,7 @@ from modelslim.cli.options import (
     devices_option,
     engine_option,
     json_option,
+    max_memory_option,
     model_path_option,
     model_type_option,
     option,
@@ -54,6 +55,7 @@ from modelslim.cli.output import Output, pass_output
 @workers_option
 @engine_option
 @tp_option
+@max_memory_option
 @trust_remote_code_option
 @verify_option
 @restart_option
@@ -81,6 +83,7 @@ def command(
     workers: int | None,
     engine: str | None,
     tp: int,
+    max_memory: str | None,
     trust_remote_code: bool,
     check: bool,
     restart: bool,
@@ -147,6 +150,7 @@ def command(
             "trust_remote_code": trust_remote_code,
             "engine": engine,
             "tp": tp,
+            "max_memory": max_memory,
             "calib_samples": calib_samples,
             "calib_length": calib_length,
         }
@@ -157,6 +161,8 @@ def command(
                     output.warn(warning)
             output.debug(f"planned in {plan.seconds:.2f} s: {plan.adapter}, {len(plan.info.units)} units")
             output.note(f"runner {plan.runner}: {plan.runner_why}")
+            if max_memory is not None:
+                output.note(plan.costs.residency)
             with members.meet() as ranks:
                 report = run_plan(
                     plan,
@@ -237,6 +243,8 @@ def idle_experts(report: Mapping[str, Any]) -> list[str]:
 
 def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The report in a few lines."""
+    from modelslim.memory import peaks_in_words
+
     before, after = report["bytes_before"], report["bytes_after"]
     schemes = ", ".join(f"{count} linears {scheme}" for scheme, count in report["schemes"].items())
     rows = [
@@ -252,6 +260,9 @@ def summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("fell back", fallen))
     if report["peak_memory_bytes"]:
         rows.append(("peak memory", f"{report['peak_memory_bytes'] / 1e6:,.0f} MB, imports included"))
+    if measured := report["memory"]["peak_bytes"]:
+        expected = peaks_in_words(report["memory"]["estimated_bytes"])
+        rows.append(("run alone", f"{peaks_in_words(measured)}; the estimate was {expected}"))
     return rows
 
 

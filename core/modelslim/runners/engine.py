@@ -21,6 +21,7 @@ from modelslim.edits import edited_parameters, stored_edits
 from modelslim.inputs import model_inputs
 from modelslim.kv_cache import QuantizedCache
 from modelslim.loader import Loader
+from modelslim.memory import Trimmer
 from modelslim.overlay import Left, StageWriter
 from modelslim.plan import Plan
 from modelslim.ports import PortCollector
@@ -33,6 +34,7 @@ from modelslim.runners.standing import in_place
 from modelslim.runners.stream import Stream
 from modelslim.runners.work import Outcome, UnitWork
 from modelslim.sampling import tokens_of
+from modelslim.spill import make_spill
 from modelslim.statistics import UnitStatistics
 
 OUTSIDE = ""
@@ -108,13 +110,14 @@ class Engine:
                 for index in range(first, len(self._units)):
                     self._loader.install(self._loader.read(self._names(index)))
             ahead = reader.submit(self._read, first) if first < len(self._units) else None
+            trimmer = Trimmer()
             for index, unit in enumerate(self._units[first:], start=first):
                 assert ahead is not None
                 clock = _Clock(self._plan.device)
                 self._plan.session.unit_started(unit, self._held.started + index, self._held.total)
                 self._loader.install(ahead.result())
-                if index + 1 < len(self._units):
-                    ahead = reader.submit(self._read, index + 1)
+                following = index + 1 if index + 1 < len(self._units) else None
+                ahead = reader.submit(self._read, following) if following and self._plan.costs.layout.ahead else None
                 left = self._left(unit)
                 clock.lap("read")
                 with self._applied(unit, left):
@@ -122,6 +125,10 @@ class Engine:
                         self._pass_again(index, stream)
                     else:
                         self._unit(index, stream, clock, left)
+                trimmer.look()
+                if following and ahead is None:
+                    self._writer.wait()
+                    ahead = reader.submit(self._read, following)
             if self._plan.works_outside:
                 if len(self._units) < self._done:
                     self._skip(len(self._units))
@@ -150,9 +157,13 @@ class Engine:
         place = {number: index for index, number in enumerate(numbers)}
         own = [inputs[number] for number in numbers]
         places = [[place[number] for number in group] for group in rounds]
+        spill = make_spill(plan.costs.layout, self._writer.path, self._model, inputs)
+        if spill is not None:
+            stack.enter_context(closing(spill))
 
         def stream(around: Callable[[], AbstractContextManager[None]], measured: PortCollector | None) -> Stream:
-            boundary = stack.enter_context(closing(Boundary(plan.session, self._model, own, self._units, around)))
+            forwards = Boundary(plan.session, self._model, own, self._units, around, spill)
+            boundary = stack.enter_context(closing(forwards))
             made = Stream(boundary, numbers, places, self._ranks, measured)
             made.start()
             return made

@@ -14,6 +14,8 @@ from modelslim.runners.stages import run_stages
 class ModelWiseRunner:
     """Reads the whole model first; a unit is released when it has been written."""
 
+    holds_model = True
+
     def run(self, plan: Plan, writer: RunOutput, ranks: Ranks) -> list[dict[str, Any]]:
         """Run the plan.
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -93,6 +94,10 @@ class Stream:
             if ports is not None:
                 ports.end_group(self._ranks)
         return self._sum(tokens)
+
+    def awake(self) -> AbstractContextManager[None]:
+        """All samples of this rank at once; see ``Boundary.awake``."""
+        return self._boundary.awake()
 
     def waiting(self, unit: str) -> Mapping[int, ProcessRequest]:
         """The calls of the unit on the samples of this rank that wait there, by their numbers in the set."""

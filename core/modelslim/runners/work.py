@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -146,9 +146,12 @@ class UnitWork:
                 borrowed = cover(ports, list(_needs(group)), self._plan.protocol.experts)
             statistics = ports.statistics()
             shares = Shares(self._views[0][1].linears, self._claimed, statistics, self._ranks)
-            calls = self._calls(stream, reference or stream) if replays else ((), ())
-            self._apply(group, statistics, outcome, calls, (shares.own(self._sampled(ports)), expected), shares)
-            del calls
+            with ExitStack() as stack:
+                for one in {stream, reference or stream} if replays else ():
+                    stack.enter_context(one.awake())
+                calls = self._calls(stream, reference or stream) if replays else ((), ())
+                self._apply(group, statistics, outcome, calls, (shares.own(self._sampled(ports)), expected), shares)
+                del calls
         qualities = self._judge(outcome.modules, statistics, expected)
         self._fall_back(qualities, statistics, expected, outcome)
         self._finish(outcome)
