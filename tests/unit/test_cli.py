@@ -401,7 +401,8 @@ def test_plugins_lists_a_broken_one_with_why_and_keeps_stdout_clean(tmp_path: Pa
     environ = {"PYTHONPATH": str(tmp_path), "MODELSLIM_PLUGINS": "acme-cli"}
     result = run("plugins", "--json", **environ)
     assert result.returncode == 0, result.stderr
-    assert result.stderr == "hello from the plugin\n"
+    event = json.loads(result.stderr)
+    assert (event["event"], event["text"]) == ("print", "hello from the plugin")
     document = json.loads(result.stdout)
     assert document["modelslim"] == __version__
     (row,) = (row for row in document["plugins"] if row["distribution"] == "acme-cli")

@@ -82,7 +82,7 @@ def text_of(steps: str, calibration_file: Path) -> str:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    files = (file for file in sorted(folder.iterdir()) if file.name != "report.json")
+    files = (file for file in sorted(folder.iterdir()) if file.name not in ("report.html", "report.json"))
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

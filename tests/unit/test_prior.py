@@ -82,7 +82,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in folder.rglob("*")
-        if file.is_file() and file.name != "report.json"
+        if file.is_file() and file.name not in ("report.html", "report.json")
     }
 
 
@@ -411,9 +411,10 @@ def test_a_run_continues_to_the_same_bytes_wherever_it_was_killed(
 
 def without_measurements(report: dict[str, Any]) -> Any:
     report = json.loads(json.dumps(report))
-    del report["save_path"], report["peak_memory_bytes"]
+    del report["save_path"], report["peak_memory_bytes"], report["phases"], report["provenance"]["finished"]
+    del report["memory"]["peak_bytes"], report["memory"]["estimated_seconds"]
     for unit in (*report["units"], *(unit for stage in report["prior"] for unit in stage["units"])):
-        del unit["seconds"]
+        del unit["seconds"], unit["peak_memory_bytes"]
     return report
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import modelslim.plan as plan_module
 from modelslim.api import InvalidDatasetError, VlmCalibSample
 from modelslim.cli.main import main
 from modelslim.errors import ModelSlimError, ProtocolError
@@ -56,6 +57,12 @@ def images(tmp_path: Path) -> Path:
     Image.new("RGB", (12, 8), (200, 30, 30)).save(folder / "a.jpg")
     Image.new("RGB", (8, 12), (30, 30, 200)).save(folder / "b.png")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text model stands in for one that takes images: how long its inputs are is not asked."""
+    monkeypatch.setattr(plan_module, "token_lengths", lambda session, samples, *rest, **more: [16] * len(samples))
 
 
 # Data

@@ -226,7 +226,6 @@ class Engine:
             outcome = work.work(UnitStatistics({}))
         clock.lap("calibrate and quantize")
         self._write(unit, index, clock, outcome, left, self._stored(unit))
-        self._loader.release(self._names(index))
 
     def _outside(self, statistics: UnitStatistics) -> None:
         """Quantize what lies outside the units; each weight is read here if no forward needed it."""
@@ -250,6 +249,8 @@ class Engine:
             clock.lap("write")
         elif self._ranks.is_first:
             self._put(unit, index, clock, outcome, left, stored, record)
+        if unit:
+            self._loader.release(self._names(index))
         self._plan.session.unit_finished(unit, self._held.started + index, self._held.total, record)
 
     def _put(
