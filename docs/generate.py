@@ -8,16 +8,17 @@ The pages show what this source tree ships: other installed plugins are left out
 from __future__ import annotations
 
 import sys
-import tomllib
 from importlib import metadata
 from pathlib import Path
 
-from modelslim.registry import KINDS, RESTRICT, Registry
+import tomllib
+
 from generator.commands import commands_page
 from generator.errors import errors_page
 from generator.hooks import hooks_page
 from generator.schemas import protocol_page
 from generator.words import heading, row, rows
+from modelslim.registry import KINDS, RESTRICT, Registry
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "reference"

@@ -36,7 +36,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn the links of a page that lead out of docs."""
-    places = {file: uri for file, uri in taken_in().items()}
+    places = taken_in()
     here = page.file.src_uri
     source = next((file for file, uri in places.items() if uri == here), DOCS / here)
 

@@ -10,8 +10,8 @@ from importlib import import_module
 
 import click
 
-from modelslim.cli.main import COMMANDS
 from generator.words import code, heading, literal, row, rows
+from modelslim.cli.main import COMMANDS
 
 _DEFAULT = re.compile(r"\s*\[default: (?P<default>.*)\]$")
 
@@ -20,10 +20,12 @@ def commands_page() -> str:
     """Every command with its arguments and options."""
     lines = [
         heading(1, "Commands and options"),
-        "`modelslim COMMAND --help` says the same. Options with `_` are accepted with `-` as well. `msmodelslim` is another name of",
-        "the program. [Errors and exit codes](errors.md) are those of every command.",
+        "`modelslim COMMAND --help` says the same. Options with `_` are accepted with `-` as well. `msmodelslim` is",
+        "another name of the program. [Errors and exit codes](errors.md) are those of every command.",
         "",
-        *rows(("command", "what it does"), (row(f"[{name}](#modelslim-{name})", line) for name, line in COMMANDS.items())),
+        *rows(
+            ("command", "what it does"), (row(f"[{name}](#modelslim-{name})", line) for name, line in COMMANDS.items())
+        ),
     ]
     for name in COMMANDS:
         lines += ["", *_command(f"modelslim {name}", import_module(f"modelslim.cli.{name}").command, 2)]
@@ -37,9 +39,7 @@ def _command(path: str, command: click.Command, level: int) -> Iterator[str]:
     options = [one for one in command.params if isinstance(one, click.Option)]
     if arguments:
         yield ""
-        yield from rows(
-            ("argument", "value"), (row(code(one.human_readable_name), _value(one)) for one in arguments)
-        )
+        yield from rows(("argument", "value"), (row(code(one.human_readable_name), _value(one)) for one in arguments))
     if options:
         yield ""
         yield from rows(("option", "value", "default", "meaning"), (_option(one) for one in options))

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import inspect
 
+from generator.words import code, heading, prose, row, rows
 from modelslim import api, errors
 from modelslim.cli.errors import DONE, FAILED, OUR_BUG, WRONG_INPUT, WRONG_PLUGIN, describe, exit_code
 from modelslim.cli.signals import INTERRUPTED
-from generator.words import code, heading, prose, row, rows
 
 CODES = {
     DONE: "done",
     FAILED: "the run failed, memory ran out, or `verify` found faults",
-    WRONG_INPUT: "an option, the protocol, the model or the data is wrong, or a question would have to be asked without a terminal",
+    WRONG_INPUT: "an option, the protocol, the model or the data is wrong, or a question has no terminal",
     WRONG_PLUGIN: "a plugin, or the installation, is wrong",
     OUR_BUG: "a bug, of ModelSlim or of a plugin",
     INTERRUPTED: "interrupted, by Ctrl-C, SIGTERM or a closed terminal",
@@ -25,7 +25,8 @@ def errors_page() -> str:
     lines = [
         heading(1, "Errors and exit codes"),
         "An error says what is wrong, where, and what to do; several mistakes are told at once. With `--json` it is",
-        "`{\"error\": {\"kind\": ..., \"message\": ..., \"hint\": ..., \"diagnostics\": [...]}}` on stdout, and `kind` is a name below.",
+        '`{"error": {"kind": ..., "message": ..., "hint": ..., "diagnostics": [...]}}` on stdout, and `kind` is a name',
+        "below.",
         "",
         heading(2, "Exit codes"),
         *rows(("code", "meaning"), (row(str(number), meaning) for number, meaning in CODES.items())),
@@ -34,9 +35,7 @@ def errors_page() -> str:
         "Those marked in the last column can be raised by plugins, from `modelslim.api`.",
         "",
     ]
-    kinds = [
-        kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.ModelSlimError)
-    ]
+    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.ModelSlimError)]
     table = [
         row(
             code(kind.__name__),

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from textwrap import dedent
 from typing import Any
 
-from modelslim import hookspecs
 from generator.words import code, heading, prose, row, rows
+from modelslim import hookspecs
 
 _SECTIONS = re.compile(r"^(Args|Returns|Raises|Example):{1,2}\n", re.MULTILINE)
 _ENTRY = re.compile(r"^(\w+): ", re.MULTILINE)
@@ -25,8 +25,9 @@ def hooks_page() -> str:
     }
     lines = [
         heading(1, "Hooks"),
-        "What an adapter, or a vendor plugin, implements with `modelslim.api.hookimpl`. An implementation takes the arguments",
-        "that it wants, by their names, without defaults. [Writing a plugin](../plugins.md) says how they come together.",
+        "What an adapter, or a vendor plugin, implements with `modelslim.api.hookimpl`. An implementation takes the",
+        "arguments that it wants, by their names, without defaults. [Writing a plugin](../plugins.md) says how they",
+        "come together.",
         "",
     ]
     table = [

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
+from generator.words import code, heading, row, rows
 from modelslim.protocol.compose import KINDS, apiversions, compose
 from modelslim.registry import Registry
-from generator.words import code, heading, row, rows
 
 Schema = Mapping[str, Any]
 
@@ -30,8 +30,8 @@ def protocol_page(registry: Registry) -> str:
     """The keys of a protocol with the processors and savers that ship, of a tune's plan, and of an engine contract."""
     lines = [
         heading(1, "Keys of YAML files"),
-        "`modelslim schema` prints the JSON Schema of a protocol with the plugins that are installed. What the keys are for:",
-        "[the YAML protocol](../protocol.md). `[]` stands for each element of a list. Keys that are not here are errors.",
+        "`modelslim schema` prints the JSON Schema of a protocol with the plugins that are installed. What the keys",
+        "are for: [the YAML protocol](../protocol.md). `[]` stands for each element of a list, `*` for any name.",
         "",
     ]
     for apiversion in apiversions():
