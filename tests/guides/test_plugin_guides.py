@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import tomllib
 import torch
 from safetensors.torch import load_file
-import tomllib
 
 GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 LISTING = re.compile(r"<!-- file: (?P<file>\S+) -->\n```\w+\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -103,7 +103,7 @@ def test_algorithm_quantizes_a_model(write: Write, tiny_llama: Path) -> None:
 def test_saver_writes_what_can_be_verified_and_converted(write: Write, tiny_llama: Path) -> None:
     folder = write("saver_author")
     (folder / "acme.yaml").write_text(INT8.replace("SAVER", "acme_saver"))
-    words = ["--model_path", tiny_llama, "--config_path", "acme.yaml", "--device", "cpu", "--quiet"]
+    words = ["--model_path", tiny_llama, "--config_path", "acme.yaml", "--device", "cpu"]
     done = run(folder, "modelslim", "quant", *words, "--save_path", "result")
     assert done.returncode == 0, done.stderr[-3000:]
     done = run(folder, "modelslim", "verify", "result", "--float", tiny_llama)
@@ -131,7 +131,7 @@ def test_vendor_has_an_engine_a_practice_and_an_observer(write: Write, tiny_llam
     text = INT8.replace("SAVER", "compressed_tensors_saver")
     (folder / "good.yaml").write_text(text)
     (folder / "wrong.yaml").write_text(text.replace("int8", "int4"))
-    words = ["--model_path", tiny_llama, "--device", "cpu", "--quiet", "--engine", "acme"]
+    words = ["--model_path", tiny_llama, "--device", "cpu", "--engine", "acme"]
     done = run(folder, "modelslim", "plan", *words, "--config_path", "wrong.yaml")
     assert done.returncode == 2
     assert "[acme-1.0: schemes]" in done.stderr
