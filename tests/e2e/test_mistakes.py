@@ -453,3 +453,11 @@ def test_programs_get_the_same_hint(mistake: str, folder: Path, here: Program, a
     assert done.returncode == 2
     error = json.loads(done.stdout)["error"]
     assert case.right.replace("{folder}", str(folder)) in error["hint"]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", ""])
+def test_a_name_that_no_file_can_have_is_refused_too(name: str, here: Program) -> None:
+    for option in ("--model_path", "--config_path"):
+        done = here("plan", option, name)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ") and "internal error" not in done.stderr

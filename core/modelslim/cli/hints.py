@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ class ExistingPath(click.Path):
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
-            advice = "" if "\0" in str(value) else self.advise(Path(value))
+            advice = ""
+            with suppress(OSError, ValueError):  # of a name that no file can have, nothing is near
+                advice = self.advise(Path(value))
             raise AdvisedParameter(error.message, error.ctx, error.param, advice) from error
 
 
@@ -175,10 +178,7 @@ def _near(path: Path) -> str:
     for parent in path.parents:
         if parent.is_dir():
             rest = path.relative_to(parent).parts
-            try:
-                names = {one.name: one.name for one in parent.iterdir()}
-            except OSError:  # a folder that may not be listed has nothing to offer
-                return ""
+            names = {one.name: one.name for one in parent.iterdir()}
             near = closest(rest[0], names) if rest else ""
             found = parent.joinpath(near, *rest[1:])
             return f"did you mean '{found}'?" if near and found.exists() else ""
