@@ -455,7 +455,7 @@ def test_programs_get_the_same_hint(mistake: str, folder: Path, here: Program, a
     assert case.right.replace("{folder}", str(folder)) in error["hint"]
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", ""])
+@pytest.mark.parametrize("name", ["x" * 5000, ""])
 def test_a_name_that_no_file_can_have_is_refused_too(name: str, here: Program) -> None:
     for option in ("--model_path", "--config_path"):
         done = here("plan", option, name)
