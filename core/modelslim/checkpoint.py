@@ -43,6 +43,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20  # the format's own limit
 _CHUNK = 8 << 20
+_GGUF = "GGUF holds weights that are quantized already: give the folder of the float model, with config.json"
 
 
 @dataclass(frozen=True)
@@ -249,14 +250,23 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(
-            f"{file}: no such file", hint="--model_path must hold config.json, the weights and the tokenizer"
-        ) from None
+        raise ModelError(f"{file}: no such file", hint=_about_folder(file.parent)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: cannot be read as JSON: {error}", hint="download or export it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{file}: holds {type(value).__name__}, not an object")
     return value
+
+
+def _about_folder(path: Path) -> str:
+    """What to do about a folder that is no checkpoint, by what lies in it."""
+    general = "--model_path must hold config.json, the weights and the tokenizer"
+    if (path / "adapter_config.json").is_file():
+        return "this is an adapter (LoRA): merge it into its base model, save that, and quantize the result"
+    if any(path.glob("*.gguf")):
+        return _GGUF
+    below = [*path.glob("*/config.json"), *path.glob("snapshots/*/config.json")]
+    return f"did you mean '{min(below).parent}'? {general}" if below else general
 
 
 def _find_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -268,9 +278,10 @@ def _find_tensors(path: Path) -> dict[str, StoredTensor]:
     if not files:
         others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in path.glob(pattern))
         if others:
+            convert = "load it with transformers and save it with save_pretrained, which writes safetensors"
             raise ModelError(
                 f"{path} holds {others[0]} and no safetensors file",
-                hint="load it with transformers and save it with save_pretrained, which writes safetensors",
+                hint=_GGUF if others[0].endswith(".gguf") else convert,
             )
         what = "is empty" if not any(path.iterdir()) else "holds no safetensors file"
         raise ModelError(f"{path} {what}", hint="--model_path must hold config.json, the weights and the tokenizer")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from modelslim.errors import PluginError, UsageError, nearest
+from modelslim.errors import PluginError, UsageError, closest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,12 +74,17 @@ def _parse(text: str) -> tuple[str, list[int]]:
             word = "cuda"
         raise UsageError(
             f"--device {text!r} is not a device",
-            hint=f"{nearest(word, KINDS)}; write cpu, cuda, cuda:0, npu or npu:0,1",
+            hint=f"{_meant(word)}write cpu, cuda, cuda:0, npu or npu:0,1; the best here is --device {_best()}",
         )
     indices = [int(index) for index in match["indices"].split(",")] if match["indices"] else []
     if len(set(indices)) != len(indices):
         raise UsageError(f"--device {text!r} lists an index twice", hint="list every device once")
     return match["kind"].lower(), indices
+
+
+def _meant(word: str) -> str:
+    kind = closest(word, {one: one for one in KINDS})
+    return f"did you mean {kind!r}? " if kind else ""
 
 
 def _best() -> str:

@@ -8,7 +8,7 @@ table at the edge of the command line (:mod:`modelslim.cli.errors`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -106,15 +106,20 @@ class VerificationError(ModelSlimError):
     """A quantized checkpoint is not what its format promises or its engine needs; one diagnostic per fault."""
 
 
+def closest(word: str, known: Mapping[str, str]) -> str:
+    """What ``known`` holds under the name nearest to ``word``; empty when none is near."""
+    # A case slip is the commonest mistake and difflib counts it as a difference.
+    folded = {name.casefold(): value for name, value in known.items()}
+    close = get_close_matches(word.casefold(), folded, n=1, cutoff=0.6)
+    return folded[close[0]] if close else ""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint that offers the nearest of ``known`` to ``word``, else lists them; empty when there are none."""
     names = sorted(set(known))
     if not names:
         return ""
-    # A case slip is the commonest mistake and difflib counts it as a difference.
-    folded = {name.casefold(): name for name in names}
-    close = get_close_matches(word.casefold(), folded, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {folded[close[0]]!r}?"
+    if close := closest(word, {name: name for name in names}):
+        return f"did you mean {close!r}?"
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return f"known: {shown}"

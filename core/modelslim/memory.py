@@ -64,7 +64,9 @@ def _place(text: str | None, device: str) -> str:
 def _bytes(text: str | None, size: str) -> int:
     match = _SIZE.fullmatch(size)
     if match is None or (match["binary"] and not match["unit"]):
-        raise UsageError(f"--max_memory {text!r}: {size!r} is not a size", hint=_HINT)
+        number = re.match(r"(\d+(?:\.\d+)?)\s*([KMGT]?)", size, re.IGNORECASE)
+        meant = f"did you mean {number[1]}{number[2].upper() or 'G'}iB? " if number else ""
+        raise UsageError(f"--max_memory {text!r}: {size!r} is not a size", hint=meant + _HINT)
     unit = match["unit"].upper()
     base = 2 ** _UNITS[unit] if match["binary"] else 10 ** (_UNITS[unit] // 10 * 3) if unit else 1
     nbytes = int(float(match["number"]) * base)

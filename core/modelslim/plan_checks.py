@@ -266,7 +266,7 @@ class Checks:
                 continue
             if place[0] == "exclude" and any(matches_name(name, pattern) for name in self._info.modules):
                 continue  # it keeps something float that is no linear anyway, such as a router
-            hint = _nearest_part(pattern, self._info)
+            hint = _nearest_pattern(pattern, self._info)
             if any(matches_name(name, pattern) for name in self._info.modules):
                 reasons = {kept.why for name, kept in self._info.kept.items() if matches_name(name, f"{pattern}*")}
                 hint = "it matches modules, but no linear that can be quantized"
@@ -365,8 +365,14 @@ def _tied(model: nn.Module) -> dict[str, list[str]]:
     return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
-def _nearest_part(pattern: str, info: ModelInfo) -> str:
-    """The nearest name to the literal part of a pattern, among the parts of the linears' names."""
+def _nearest_pattern(pattern: str, info: ModelInfo) -> str:
+    """What a pattern may have meant: a part of names, a pattern, or the nearest to its literal part."""
+    # Of a regular expression the same as a pattern; of a name without wildcards what ends in it.
+    glob = re.sub(r"\.[*+]", "*", pattern).strip("^$").replace("\\.", ".")
+    for other in dict.fromkeys([glob, f"*{glob}"]):
+        if other != pattern and any(matches(linear, other) for linear in info.linears.values() if linear.unit):
+            why = " Patterns are no regular expressions, and * stands for anything" if glob != pattern else ""
+            return f"did you mean '{other}'?{why}"
     literal = max(re.split(r"[*?{},.\[\]]+", pattern), key=len)
     parts = {part for name in info.linears for part in name.split(".") if not part.isdigit()}
     return nearest(literal, parts) if literal else ""

@@ -54,6 +54,15 @@ RECOMMENDED = QuantType(8, 8)
 """What is offered where nothing of the wanted type is there."""
 
 
+def _meant(word: str) -> str:
+    """A hint on a word that is no type; some name the bits of the weights alone, as in ``int4`` or ``8bit``."""
+    bits = re.fullmatch(r"(?:u?int|fp|w)-?([48])|([48])-?bits?", word)
+    if bits is None:
+        return nearest(word, KNOWN)
+    weights = bits[1] or bits[2]
+    return f"w{weights}a8 also quantizes what enters the linears, w{weights}a16 the weights alone"
+
+
 def parse_quant_type(text: str) -> QuantType:
     """Read a type in any case.
 
@@ -67,7 +76,7 @@ def parse_quant_type(text: str) -> QuantType:
     word = text.strip().casefold()
     match = _FORM.fullmatch(word)
     if match is None or int(match[1]) not in _BITS or int(match[2]) not in _BITS:
-        hint = nearest(word, KNOWN)
+        hint = _meant(word)
         raise UsageError(f"--quant_type {text!r} is no quantization type", hint=hint)
     attention = int(match[4] or 8) if _FORM_F.match(word) else 0
     return QuantType(int(match[1]), int(match[2]), bool(match[3]), attention, bool(match[5]))

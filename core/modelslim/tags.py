@@ -64,7 +64,8 @@ def read_tags(words: Sequence[str], registry: Registry, used: Iterable[str] = ()
     engines = [tag for tag in given if folded(tag) in contracts]
     if len(engines) > 1:
         raise UsageError(
-            f"--tag names {len(engines)} engines: {', '.join(engines)}", hint="one scenario has one engine"
+            f"--tag names {len(engines)} engines: {', '.join(engines)}",
+            hint=f"one scenario has one engine; keep {engines[0]} or another one of them",
         )
     hardware = {folded(tag) for tag in HARDWARE}
     known = {folded(tag): tag for tag in (*contracts.values(), *HARDWARE, *used)}

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -375,11 +376,17 @@ def check_save_path(save_path: Path, model_path: Path) -> None:
     """
     save, model = save_path.resolve(), model_path.resolve()
     if save == model or model in save.parents:
-        raise UsageError(f"--save_path {save_path} lies inside --model_path {model_path}", hint="choose another place")
+        raise UsageError(
+            f"--save_path {save_path} lies inside --model_path {model_path}",
+            hint=f"choose another place, such as {_unused(model_path)}",
+        )
     if save.exists() and not save.is_dir():
         raise UsageError(f"--save_path {save_path} is a file", hint="choose a directory that does not exist yet")
     if save.exists() and any(save.iterdir()):
-        raise UsageError(f"--save_path {save_path} is not empty", hint="choose another directory, or empty this one")
+        raise UsageError(
+            f"--save_path {save_path} is not empty",
+            hint=f"choose another directory, such as {_unused(save_path)}, or empty this one",
+        )
     if save == Path.cwd() or save.is_mount():
         what = "a mount point" if save.is_mount() else "the current directory"
         raise UsageError(
@@ -396,6 +403,12 @@ def check_save_path(save_path: Path, model_path: Path) -> None:
         raise UsageError(f"--save_path {save_path}: {existing} is a file", hint="choose another place")
     if not os.access(existing, os.W_OK):
         raise UsageError(f"--save_path {save_path}: {existing} is not writable", hint="choose another place")
+
+
+def _unused(path: Path) -> Path:
+    """A path beside this one that nothing has yet."""
+    path = path.resolve() if path.name in ("", "..") else path
+    return next(new for number in count(2) if not (new := path.with_name(f"{path.name}_{number}")).exists())
 
 
 def _is_rest(partial: Path) -> bool:

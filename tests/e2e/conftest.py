@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from modelslim.cli.main import main
 
 Result = subprocess.CompletedProcess[str]
 Program = Callable[..., Result]
+Terminal = Callable[..., tuple[int, str]]
 # A shell that starts the tests in the background has them ignore Ctrl-C, which the programs would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -55,6 +57,36 @@ def here(capfd: pytest.CaptureFixture[str]) -> Program:
         capfd.readouterr()
         words = [str(argument) for argument in arguments]
         return Result(words, main(words), *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def terminal() -> Terminal:
+    """``terminal("y\n", "quant", ...)``: exit code and what the program says on a terminal where this is answered."""
+
+    def run(answer: str, *words: str | Path) -> tuple[int, str]:
+        parent, child = pty.openpty()
+        command = [sys.executable, "-m", "modelslim.cli.main", *map(str, words)]
+        process = subprocess.Popen(
+            command, stdin=child, stderr=child, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "dumb"}
+        )
+        os.close(child)
+        said = b""
+        while True:
+            try:
+                part = os.read(parent, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not part:
+                break
+            said += part
+            if answer and b"[y/N]" in said:
+                os.write(parent, answer.encode())
+                answer = ""
+        code = process.wait(timeout=300)
+        os.close(parent)
+        return code, said.decode()
 
     return run
 

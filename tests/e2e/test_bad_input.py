@@ -438,7 +438,7 @@ def test_a_missing_tokenizer_is_refused_where_calibration_needs_it_and_only_ther
         ("npu", ["--device 'npu' does not exist: this machine has none", "--device "]),
         ("gpu", ["--device 'gpu' is not a device", "write cpu, cuda"]),
         ("cpu:1", ["--device 'cpu:1' does not exist", "use --device cpu"]),
-        ("cuda:0,1", ["--device 'cuda:0,1'", "use --device cuda:0"]),
+        ("cuda:0,99", ["--device 'cuda:0,99' does not exist", "--device "]),
     ],
 )
 def test_a_device_that_does_not_exist_is_refused(device: str, parts: list[str], attempt: Attempt) -> None:

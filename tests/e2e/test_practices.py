@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import yaml
 from modelslim.cli.options import _with_tags_apart
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
+Terminal = Callable[..., tuple[int, str]]
 MEASURED = "SmolLM2-135M-Instruct"
 SHORT = ("--device", "cpu", "--calib_samples", "2", "--calib_length", "16")
 MINE = """\
@@ -39,31 +37,6 @@ spec:
 def paths(tiny_llama: Path, tmp_path: Path) -> tuple[str | Path, ...]:
     """Options for the model and the result."""
     return ("--model_path", tiny_llama, "--save_path", tmp_path / "out")
-
-
-def on_terminal(answer: str, *words: str | Path) -> tuple[int, str]:
-    """Exit code of the program and what it says on a terminal where a person answers."""
-    parent, child = pty.openpty()
-    command = [sys.executable, "-m", "modelslim.cli.main", *map(str, words)]
-    process = subprocess.Popen(
-        command, stdin=child, stderr=child, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "dumb"}
-    )
-    os.close(child)
-    said = b""
-    while True:
-        try:
-            part = os.read(parent, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        said += part
-        if answer and b"[y/N]" in said:
-            os.write(parent, answer.encode())
-            answer = ""
-    code = process.wait(timeout=300)
-    os.close(parent)
-    return code, said.decode()
 
 
 def test_a_practice_that_is_verified_is_taken_at_once(
@@ -129,10 +102,10 @@ def test_no_type_at_all_is_a_question_about_w8a8(here: Program, paths: tuple[str
 
 @pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("n\n", 2), ("\n", 2)])
 def test_the_guides_first_example_on_a_terminal(
-    answer: str, code: int, paths: tuple[str | Path, ...], tmp_path: Path
+    answer: str, code: int, paths: tuple[str | Path, ...], tmp_path: Path, terminal: Terminal
 ) -> None:
     model = ("--model_type", "Qwen2.5-7B-Instruct", "--quant_type", "w8a8", "--trust_remote_code", "True")
-    found, said = on_terminal(answer, "quant", *paths, *SHORT, *model)
+    found, said = terminal(answer, "quant", *paths, *SHORT, *model)
     assert found == code, said
     assert said.count("chosen because") == 1 and "Take this practice? [y/N]" in said
     assert (tmp_path / "out" / "report.json").exists() is (code == 0)

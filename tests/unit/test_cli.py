@@ -67,7 +67,7 @@ print(code, sorted(heavy & set(sys.modules)), sorted(commands), file=sys.stderr)
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - start
-    modules = [f"modelslim.cli.{name}" for name in ("errors", "logs", "main", "output", "signals")]
+    modules = [f"modelslim.cli.{name}" for name in ("errors", "hints", "logs", "main", "output", "signals")]
     assert result.stderr == f"0 [] {modules}\n"
     width = max(map(len, COMMANDS)) + 2
     for name, line in COMMANDS.items():

@@ -106,22 +106,30 @@ def look_up(asked: Asked) -> tuple[Request, list[Verdict], list[str]]:
     return request, judge(request, practices, registry), [*tags.remarks, *broken]
 
 
-def settle(output: Output, choice: Choice, yes: bool) -> None:
+def settle(output: Output, choice: Choice, yes: bool, remarks: Sequence[str] = ()) -> None:
     """Tell which practice was chosen and why; where that needs it, have the user agree.
+
+    Args:
+        output: where to tell it.
+        choice: the practice.
+        yes: the user has agreed.
+        remarks: what else the user should know.
 
     Raises:
         UsageError: the user did not agree, or could not be asked.
         click.Abort: the user broke off.
     """
+    remark = choice.request.model.remark
+    if choice.needs_consent and not yes and not _can_ask():
+        raise UsageError(
+            f"this needs a confirmation, and there is no terminal to ask on; it would be: {choice.line}",
+            hint="; ".join(filter(None, ["--yes takes it", remark, *remarks, _REMEDY])),
+        )
+    for other in remarks:
+        output.warn(other)
     if not choice.needs_consent:
         output.note(choice.line)
         return
-    remark = choice.request.model.remark
-    if not yes and not _can_ask():
-        raise UsageError(
-            f"this needs a confirmation, and there is no terminal to ask on; it would be: {choice.line}",
-            hint="; ".join(filter(None, ["--yes takes it", remark, _REMEDY])),
-        )
     if remark:
         output.warn(remark)
     output.warn(f"{choice.line}; taken because of --yes" if yes else choice.line)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from modelslim.cli.hints import ExistingPath, about_folder
 from modelslim.cli.options import (
     engine_option,
     json_option,
@@ -22,7 +23,7 @@ from modelslim.cli.output import Output, pass_output
 
 
 @click.command()
-@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("path", type=ExistingPath(folder=True, advise=about_folder))
 @save_path_option
 @option(
     "--to",

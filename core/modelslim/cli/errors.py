@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from modelslim.cli.hints import advice, message
 from modelslim.cli.signals import INTERRUPTED
 from modelslim.errors import (
     CapabilityError,
@@ -89,8 +90,8 @@ def describe(error: BaseException) -> Report:
         return Report(type(error).__name__, error.message, error.hint, tuple(error.diagnostics))
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
-        hint = f"see `{context.command_path} --help`" if context is not None else ""
-        return Report("UsageError", error.format_message(), hint)
+        hints = [advice(error), f"see `{context.command_path} --help`" if context is not None else ""]
+        return Report("UsageError", message(error), "; ".join(filter(None, hints)).replace("?;", "?"))
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         by = f" by {error}" if str(error) not in ("", "SIGINT") else ""
         return Report("Interrupted", f"interrupted{by}")

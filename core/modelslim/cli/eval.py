@@ -10,17 +10,18 @@ from pathlib import Path
 
 import click
 
+from modelslim.cli.hints import ExistingPath, about_folder
 from modelslim.cli.options import device_option, json_option, option, trust_remote_code_option
 from modelslim.cli.output import Output, pass_output
 from modelslim.errors import DatasetError
 
 
 @click.command()
-@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("path", type=ExistingPath(folder=True, advise=about_folder))
 @option(
     "--float",
     "float_path",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=ExistingPath(folder=True, advise=about_folder),
     required=True,
     help="Folder of the float model that PATH was made from.",
 )

@@ -9,13 +9,14 @@ from typing import Any
 
 import click
 
+from modelslim.cli.hints import ExistingPath, about_folder
 from modelslim.cli.options import json_option
 from modelslim.cli.output import Output, pass_output
 from modelslim.errors import UsageError, nearest
 
 
 @click.command()
-@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("path", type=ExistingPath(folder=True, advise=about_folder))
 @click.argument("pattern", default="")
 @json_option
 @pass_output

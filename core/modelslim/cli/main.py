@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 import click
 
 from modelslim import __version__
 from modelslim.cli.errors import DONE, exit_code
+from modelslim.cli.hints import single_hyphen
 from modelslim.cli.logs import log_level, messages_of_others
 from modelslim.cli.output import Output
 from modelslim.cli.signals import orderly_end
@@ -57,7 +59,20 @@ class LazyGroup(click.Group):
         """As click does, with the nearest command for a name that is none."""
         if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
             raise UsageError(f"no command is called {args[0]!r}", hint=nearest(args[0], COMMANDS))
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None and (word := single_hyphen(rest, command)):
+            raise UsageError(f"no option is called {word!r}", hint=f"did you mean '-{word}'?")
+        return name, command, rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does; an error in the use of an option learns whose option it is."""
+        try:
+            return super().invoke(ctx)
+        except click.BadOptionUsage as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            if error.ctx is None and command is not None:
+                error.ctx = click.Context(command, parent=ctx, info_name=ctx.invoked_subcommand)
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The table above, without importing a command."""

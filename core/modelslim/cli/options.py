@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from modelslim.cli.hints import ExistingPath, about_config, about_model
 from modelslim.cli.output import Mode, Output
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -64,7 +65,7 @@ def _to_bool(context: click.Context, parameter: click.Parameter, value: str) -> 
 
 model_path_option = option(
     "--model_path",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=ExistingPath(folder=True, advise=about_model),
     required=True,
     help="Folder of the Hugging Face checkpoint.",
 )
@@ -108,7 +109,7 @@ model_type_option = option(
 
 config_path_option = option(
     "--config_path",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=ExistingPath(folder=False, advise=about_config),
     default=None,
     help="YAML protocol that says what becomes of the model.  [default: a practice, see --quant_type]",
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from modelslim.cli.choosing import Asked, look_up
+from modelslim.cli.hints import ExistingPath, about_model
 from modelslim.cli.options import (
     TagCommand,
     engine_option,
@@ -90,7 +91,7 @@ def show(output: Output, name: str, practice_folders: tuple[Path, ...]) -> None:
 @command.command("why", cls=TagCommand)
 @option(
     "--model_path",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=ExistingPath(folder=True, advise=about_model),
     default=None,
     help="Folder of the Hugging Face checkpoint.  [default: only the name counts]",
 )

@@ -115,10 +115,11 @@ def command(
     found = find_protocol(Asked(config_path, quant_type, tags, practice_folders, model_path, model_type, engine))
     engine, practice = found.engine, found.practice
     if is_first_process():
-        for remark in found.remarks:
-            output.warn(remark)
         if practice is not None:
-            settle(output, practice, yes)
+            settle(output, practice, yes, found.remarks)
+        else:
+            for remark in found.remarks:
+                output.warn(remark)
     asked = read_conversion(found.protocol)
     for warning in asked.warnings if asked else ():
         output.warn(warning)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from modelslim.cli.hints import ExistingPath, about_folder
 from modelslim.cli.options import engine_option, json_option, option, tp_option, trust_remote_code_option
 from modelslim.cli.output import Output, pass_output
 from modelslim.errors import Diagnostic, VerificationError
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("path", type=ExistingPath(folder=True, advise=about_folder))
 @option(
     "--float",
     "float_path",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=ExistingPath(folder=True, advise=about_folder),
     default=None,
     help="Folder of the float model that PATH was made from: compare every tensor and every weight with it.",
 )

@@ -85,7 +85,11 @@ class Explainer:
 
     def unknown_key(self, path: Steps, key: str, properties: Iterable[str]) -> Diagnostic:
         """Says that the mapping at ``path`` has no key ``key``, since it has only ``properties``."""
-        hint = nearest(key, properties) or "the mapping takes no keys"
+        name, colon, value = key.partition(":")
+        if colon and name in properties:
+            hint = f"a blank belongs behind the colon: {name}: {shorten(value)}"
+        else:
+            hint = nearest(key, properties) or "the mapping takes no keys"
         return self.document.diagnostic(f"unknown key {_show(key)}", (*path, key), key=True, hint=hint)
 
     def _missing_keys(self, path: Steps, error: ValidationError) -> Iterator[Diagnostic]:
@@ -173,12 +177,15 @@ def _wrong_type(value: Any, wanted: Sequence[str], schema: Mapping[str, Any]) ->
             hint = f"write {word}, without quotes" if word in ("true", "false") else ""
         elif re.fullmatch(r"[-+]?[0-9]{1,20}(\.[0-9]{1,20})?", value):
             hint = f"write {value}, without quotes"
+        elif number := re.match(r"[0-9]{1,20}(?= ?[A-Za-z]{1,3}$)", value):
+            hint = f"write {number[0]}, without a unit"
     elif isinstance(value, dict) and "array" in wanted:
         hint = "start each item with '- '"
     elif isinstance(value, list) and "object" in wanted:
         hint = "write its keys without '- ' before them"
     elif "string" in wanted and not isinstance(value, (dict, list)):
-        hint = "put it into quotes"
+        known = [item for item in schema.get("enum", ()) if isinstance(item, str)]
+        hint = nearest(_show(value), known) or "put it into quotes"
     elif "integer" in wanted and isinstance(value, float) and value.is_integer():
         hint = f"write {int(value)}"
     return f"must be {article}, not {'the string ' if isinstance(value, str) else ''}{_show(value)}", hint
