@@ -15,7 +15,7 @@ from modelslim.journal import FAULTY, FinishedStage, FinishedUnit, differences, 
 from modelslim.launch import Crew, crew, is_first_process
 from modelslim.memory import Meter
 from modelslim.overlay import Overlay
-from modelslim.plan import Plan, make_plan
+from modelslim.plan import Plan, devices_of, make_plan
 from modelslim.practice_choice import Choice
 from modelslim.ranks import ALONE, Ranks
 from modelslim.report import REPORT, Phases, journal_header, make_report, memory_record
@@ -87,6 +87,7 @@ def quantize(
         "calib_samples": calib_samples,
         "calib_length": calib_length,
     }
+    devices_of(device, workers, config_path)
     with crew(device, workers, {"save_path": str(save_path), "planned": planned}) as members:
         plan = plan_as(members, planned, observers)
         with members.meet() as ranks:

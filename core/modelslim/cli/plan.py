@@ -79,11 +79,11 @@ def command(
 
     Reads config.json, the headers of the weight files and the calibration data; no weight.
     """
-    from modelslim.devices import prepare_threads, resolve_devices
+    from modelslim.devices import prepare_threads
 
     prepare_threads()
     from modelslim.memory import peaks_in_words
-    from modelslim.plan import make_plan
+    from modelslim.plan import devices_of, make_plan
     from modelslim.plan_table import as_data, in_time, phase_rows
 
     found = find_protocol(Asked(config_path, quant_type, tags, practice_folders, model_path, model_type, engine))
@@ -94,7 +94,7 @@ def command(
         output.warn(f"{practice.line}; quant asks for consent, or wants --yes")
     elif practice is not None:
         output.note(practice.line)
-    devices = resolve_devices(device, workers)
+    devices = devices_of(device, workers, found.protocol)
     plan = make_plan(
         model_path,
         found.protocol,

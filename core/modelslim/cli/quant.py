@@ -104,6 +104,7 @@ def command(
     from modelslim.cli.progress import progress
     from modelslim.convert_protocol import read_conversion
     from modelslim.launch import crew, is_first_process
+    from modelslim.plan import devices_of
     from modelslim.run import plan_as, run_plan
     from modelslim.writer import check_save_path
 
@@ -155,6 +156,7 @@ def command(
             "calib_samples": calib_samples,
             "calib_length": calib_length,
         }
+        devices_of(device, workers, protocol)
         with crew(device, workers, {"save_path": str(save_path), "planned": planned}) as members:
             plan = plan_as(members, planned, observers, practice)
             for warning in plan.warnings if members.rank == 0 else ():
