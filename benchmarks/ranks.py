@@ -69,7 +69,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--only", choices=PROTOCOLS, action="append")
     options = parser.parse_args()
@@ -88,7 +88,11 @@ def main() -> None:
             for _ in range(options.rounds):
                 for ranks, series in times.items():
                     series.append(quantize(model, config, root / f"ranks{ranks}", ranks))
-            names = [file.name for file in (root / "ranks1").iterdir() if file.name != "report.json"]
+            names = [
+                file.name
+                for file in (root / "ranks1").iterdir()
+                if file.suffix != ".html" and file.name != "report.json"
+            ]
             _, different, missing = filecmp.cmpfiles(root / "ranks1", root / "ranks2", names, shallow=False)
             wall, cpu = ([median(run[index] for run in times[ranks]) for ranks in (1, 2)] for index in (0, 1))
             print(

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modelslim.experts import ExpertLinear
-from modelslim.ranks import ALONE, Ranks
+from modelslim.ranks import Ranks
 from modelslim.statistics import Port, RowSample, Statistic, UnitStatistics
 from modelslim.wire import statistic_from, statistic_state
 
 Kinds = frozenset[type[Statistic]]
+
+_GROUPS_HELD = 8  # their samples of rows weigh some megabytes each
 
 
 @dataclass
@@ -68,6 +70,7 @@ class PortCollector:
                 self._experts[name] = [_expert_port(wanted, module.experts) for _ in range(module.experts)]
                 self.tokens[name] = [0] * module.experts
         self._part = _Part()
+        self._held: list[_Part] = []
         # By identity and version of the tensor, which is kept so that no other can take its identity.
         self._seen: dict[tuple[int, int], tuple[Tensor, list[Port]]] = {}
         self._handles: list[RemovableHandle] = []
@@ -93,18 +96,27 @@ class PortCollector:
         """Forget which tensors the last forward showed."""
         self._seen.clear()
 
-    def end_group(self, ranks: Ranks = ALONE) -> None:
-        """Merge what a group of samples showed, or what groups of all ranks did, by rank.
+    def end_group(self) -> None:
+        """Merge what a group of samples showed."""
+        self._merge(self._take_part())
 
-        What is left when measuring ends is a group of this rank alone.
-        """
-        self._seen.clear()
-        part, self._part = self._part, _Part()
-        if ranks.size == 1:
-            self._merge(part)
-        elif self._needs:
-            for state in ranks.gather(self._state(part)):
-                self._merge(self._part_from(state))
+    def hold_group(self) -> None:
+        """Keep what a group showed until ranks exchange it."""
+        self._held.append(self._take_part())
+
+    def exchange(self, ranks: Ranks) -> None:
+        """Merge the groups that all ranks hold, as many at each: the first of each rank, then the second of each."""
+        if self._needs:
+            everywhere = ranks.gather([self._state(part) for part in self._held])
+            for states in zip(*everywhere, strict=True):
+                for state in states:
+                    self._merge(self._part_from(state))
+        self._held.clear()
+
+    @property
+    def groups_at_once(self) -> int:
+        """How many groups are held before they are exchanged, which makes ranks wait for each other."""
+        return 1 if any(kind.heavy for kind in self._kinds) else _GROUPS_HELD
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -181,6 +193,11 @@ class PortCollector:
         kinds = self._needs[name]
         leader = next((port for port in known if kinds <= port.keys()), None)
         return {kind: kind() for kind in kinds} if leader is None else leader
+
+    def _take_part(self) -> _Part:
+        self._seen.clear()
+        part, self._part = self._part, _Part()
+        return part
 
     def _merge(self, part: _Part) -> None:
         """Add what a group showed."""

@@ -23,9 +23,11 @@ class Statistic(ABC):
 
     Attributes:
         follows_shift: False for a class whose ``rescaled`` takes a scale and no shift.
+        heavy: True for a class that grows with the square of the channels.
     """
 
     follows_shift: ClassVar[bool] = True
+    heavy: ClassVar[bool] = False
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
@@ -232,6 +234,8 @@ class Gram(Statistic):
         total: float32 [channels], the sum of the tokens.
         tokens: how many tokens were seen.
     """
+
+    heavy = True
 
     def __init__(self) -> None:
         self.matrix: Tensor | None = None

@@ -45,11 +45,11 @@ class Stream:
 
     def start(self) -> None:
         """Let every sample run to its first unit."""
-        for group in self._rounds:
+        for number, group in enumerate(self._rounds):
             for index in group:
                 self._boundary.start([index])
                 self._next_sample()
-            self._end_group()
+            self._end_group(self._outside, number)
 
     def run(self, unit: str, ports: PortCollector | None = None, resume: bool = True) -> int:
         """Let the samples pass a unit; see ``Boundary.run_unit``.
@@ -69,12 +69,11 @@ class Stream:
             self._next_sample()
 
         tokens = 0
-        for group in self._rounds:
+        for number, group in enumerate(self._rounds):
             tokens += self._boundary.run_unit(unit, passed, resume, group)
-            if ports is not None:
-                ports.end_group(self._ranks)
+            self._end_group(ports, number)
             if resume:
-                self._end_group()
+                self._end_group(self._outside, number)
         return self._sum(tokens)
 
     def measure(self, unit: str, ports: PortCollector | None = None, hold: bool = False) -> int:
@@ -89,10 +88,9 @@ class Stream:
                 ports.next_sample()
 
         tokens = 0
-        for group in self._rounds:
+        for number, group in enumerate(self._rounds):
             tokens += self._boundary.measure_unit(unit, passed, hold, group)
-            if ports is not None:
-                ports.end_group(self._ranks)
+            self._end_group(ports, number)
         return self._sum(tokens)
 
     def awake(self) -> AbstractContextManager[None]:
@@ -111,9 +109,16 @@ class Stream:
         if self._outside is not None:
             self._outside.next_sample()
 
-    def _end_group(self) -> None:
-        if self._outside is not None:
-            self._outside.end_group(self._ranks)
+    def _end_group(self, ports: PortCollector | None, number: int) -> None:
+        """What the group of a round showed is complete."""
+        if ports is None:
+            return
+        if self._ranks.size == 1:
+            ports.end_group()
+            return
+        ports.hold_group()
+        if (number + 1) % ports.groups_at_once == 0 or number + 1 == len(self._rounds):
+            ports.exchange(self._ranks)
 
     def _sum(self, tokens: int) -> int:
         return sum(self._ranks.gather(tokens))
