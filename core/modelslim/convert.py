@@ -16,16 +16,18 @@ from modelslim.adapters import choose_adapter, open_session
 from modelslim.checkpoint import Checkpoint
 from modelslim.convert_plan import Conversion, decode, plan_conversion
 from modelslim.convert_source import Piece
+from modelslim.disk import write_json
 from modelslim.errors import Diagnostic, VerificationError
 from modelslim.exactness import round_scales
 from modelslim.files import copy_companions
 from modelslim.kv_cache import QuantizedCache
 from modelslim.loader import Loader
+from modelslim.output_directory import OutputDirectory, check_save_path, check_space
 from modelslim.report import REPORT, peak_memory
 from modelslim.saver import TensorRecord
 from modelslim.types import QuantSpec, TensorSpec
 from modelslim.verify import verify
-from modelslim.writer import OutputDirectory, ShardWriter, check_save_path, check_space, write_json
+from modelslim.writer import ShardWriter
 
 _ENTRY_BYTES = 112  # of a header entry, without the name
 

@@ -17,14 +17,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from modelslim.disk import explained, write_json
 from modelslim.errors import UsageError
 from modelslim.kv_cache import QuantizedCache
 from modelslim.observed import Observed
+from modelslim.output_directory import DEBUG_INFO
 from modelslim.patterns import matches_name
 from modelslim.plan import Plan
 from modelslim.plan_table import as_data
 from modelslim.quantized import QuantizedLinear
-from modelslim.writer import DEBUG_INFO, explained, write_json
 
 _NO_CONTEXT = frozenset({"codes", "bias"})
 _SHOWN = 16

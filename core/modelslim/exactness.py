@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelslim.disk import write_json
 from modelslim.errors import Diagnostic
 from modelslim.kv_cache import QuantizedCache
 from modelslim.quantized import QuantizedLinear
 from modelslim.saver import PlannedModel, SavedLinear, Saver, TensorRecord
 from modelslim.types import MICROSCALING, LinearInfo, QuantSpec
-from modelslim.writer import write_json
 
 _FIELDS: Mapping[str, str] = {
     "codes": "codes",

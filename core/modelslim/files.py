@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from modelslim.writer import DEBUG_INFO, save_error
+from modelslim.disk import save_error
+from modelslim.output_directory import DEBUG_INFO
 
 # The weights in any layout, and indices that would send an engine to them.
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz")

@@ -13,11 +13,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from modelslim.devices import divide_threads, resolve_devices
 from modelslim.errors import RankError, UsageError
-from modelslim.ranks import Ranks, joined
+
+if TYPE_CHECKING:
+    from modelslim.ranks import Ranks
 
 _GRACE = 10.0  # seconds in which a process may end by itself
 _LOCAL = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -46,6 +48,10 @@ class Crew:
     @contextmanager
     def meet(self) -> Iterator[Ranks]:
         """Wait for the others, and be one of them while this is open."""
+        from modelslim.ranks import joined
+
+        if self._meeting is not None:  # else torchrun has seen to it
+            divide_threads(self.size)
         with joined(self.rank, self.size, self.device, self._meeting) as ranks:
             yield ranks
 
@@ -75,7 +81,6 @@ def crew(device: str | None, workers: int | None, job: Mapping[str, Any]) -> Ite
         return
     with tempfile.TemporaryDirectory(prefix="modelslim-") as folder:
         meeting = Path(folder) / "meeting"
-        divide_threads(len(devices))
         os.environ.update({key: value for key, value in _LOCAL.items() if key not in os.environ})
         others = [_Worker(rank, devices, meeting, job) for rank in range(1, len(devices))]
         watch = _Watch(others)

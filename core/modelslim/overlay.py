@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from modelslim.checkpoint import DTYPE_NAMES, Checkpoint, byte_view, read_header
 from modelslim.context import Context
+from modelslim.disk import explained, sync
 from modelslim.edits import add_bias
 from modelslim.errors import QuantizationError, RankError, SaveError
 from modelslim.journal import FinishedStage, StageUnit
 from modelslim.kv_cache import QuantizedCache
 from modelslim.multipliers import drop_input_multiplier, share_multiplier
 from modelslim.quantized import QuantizedExperts, QuantizedLinear, QuantizedTensor
-from modelslim.writer import ShardWriter, explained, sync
+from modelslim.writer import ShardWriter
 
 _SHARD_BYTES = 4 << 30
 _HEADER_BYTES = 1 << 20

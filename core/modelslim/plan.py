@@ -17,7 +17,7 @@ from torch import nn
 from modelslim.adapters import choose_adapter, open_session
 from modelslim.checkpoint import Checkpoint
 from modelslim.dataset import find_dataset, read_samples
-from modelslim.devices import resolve_device, resolve_devices
+from modelslim.devices import resolve_device
 from modelslim.edits import stored_name
 from modelslim.engine_rules import Target, check_model, choose_target
 from modelslim.errors import DatasetError, Diagnostic, ModelSlimError, ProtocolError
@@ -389,20 +389,6 @@ def make_plan(
     for stage in plan.stages:
         _ = stage.costs  # refuses a budget that is too small
     return plan
-
-
-def devices_of(device: str | None, workers: int | None, config_path: Path) -> list[str]:
-    """The devices of a run, see ``resolve_devices``; mistakes of the protocol are told together with theirs.
-
-    Raises:
-        UsageError, PluginError: as there.
-    """
-    try:
-        return resolve_devices(device, workers)
-    except ModelSlimError as error:
-        _, mistakes = read_protocol(config_path, Registry.scan())
-        error.diagnostics = [*error.diagnostics, *mistakes]
-        raise
 
 
 def by_stage(protocol: Protocol, steps: Sequence[Step]) -> list[list[Step]]:

@@ -12,9 +12,9 @@ from statistics import median
 from typing import Any
 
 from modelslim import __version__
+from modelslim.disk import explained
 from modelslim.module_sizes import star
 from modelslim.plots import Panel, heat_map, panel
-from modelslim.writer import explained
 
 PAGE = "report.html"
 _WORST = 20

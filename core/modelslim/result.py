@@ -16,15 +16,17 @@ from torch import Tensor
 
 from modelslim.checkpoint import StoredTensor, byte_view
 from modelslim.devices import work_alone
+from modelslim.disk import explained, sync, write_json
 from modelslim.errors import SaveError
 from modelslim.files import copy_companions
 from modelslim.journal import FinishedUnit, Written, is_whole
 from modelslim.kv_cache import QuantizedCache
+from modelslim.output_directory import DEBUG_INFO, PRIOR, STATE, OutputDirectory
 from modelslim.overlay import Overlay
 from modelslim.plan import Plan
 from modelslim.quantized import QuantizedExperts, QuantizedLinear
 from modelslim.saver import TensorRecord
-from modelslim.writer import DEBUG_INFO, PRIOR, STATE, OutputDirectory, ShardWriter, explained, sync, write_json
+from modelslim.writer import ShardWriter
 
 _ENTRY_BYTES = 112  # of a header entry, without the name
 

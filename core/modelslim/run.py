@@ -10,19 +10,21 @@ from typing import Any
 
 from modelslim.checkpoint import StoredTensor
 from modelslim.debug_info import has_unit, write_plan
+from modelslim.disk import write_json
 from modelslim.errors import Diagnostic, RankError, VerificationError
 from modelslim.journal import FAULTY, FinishedStage, FinishedUnit, differences, is_whole
 from modelslim.launch import Crew, crew, is_first_process
 from modelslim.memory import Meter
+from modelslim.output_directory import DEBUG_INFO, PRIOR, OutputDirectory, check_save_path, check_space
 from modelslim.overlay import Overlay
-from modelslim.plan import Plan, devices_of, make_plan
+from modelslim.plan import Plan, make_plan
 from modelslim.practice_choice import Choice
 from modelslim.ranks import ALONE, Ranks
 from modelslim.report import REPORT, Phases, journal_header, make_report, memory_record
 from modelslim.report_page import write_page
 from modelslim.result import ResultWriter, RunOutput
+from modelslim.run_devices import devices_of
 from modelslim.verify import verify_run
-from modelslim.writer import DEBUG_INFO, PRIOR, OutputDirectory, check_save_path, check_space, write_json
 
 
 def quantize(

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from modelslim.checkpoint import Checkpoint, StoredTensor
+from modelslim.disk import write_json
 from modelslim.saver import SavedLinear
-from modelslim.writer import write_json
 
 _KEY = "quantization_config"
 

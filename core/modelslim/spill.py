@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from modelslim.checkpoint import byte_view
 from modelslim.costs import Layout
+from modelslim.disk import explained
 from modelslim.errors import SaveError
 from modelslim.memory import Trimmer
-from modelslim.writer import explained
 
 _LEAST = 1 << 12  # smaller tensors weigh less than the work on them
 _ASLEEP = (0, 65521)  # a shape that goes together with no other, so that whoever touches a sleeping tensor is told

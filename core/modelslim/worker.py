@@ -21,10 +21,9 @@ def main() -> int:
     """
     task = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
-    from modelslim.devices import divide_threads, prepare_threads
+    from modelslim.devices import prepare_threads
 
     prepare_threads()
-    divide_threads(len(task["devices"]))
     from modelslim.cli.errors import describe, exit_code
     from modelslim.launch import Crew
     from modelslim.run import quantize_as

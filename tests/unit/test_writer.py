@@ -18,16 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modelslim.checkpoint import DTYPE_NAMES, DTYPES
+from modelslim.disk import write_json
 from modelslim.errors import ModelError, SaveError, UsageError
-from modelslim.writer import (
-    JOURNAL,
-    OutputDirectory,
-    ShardWriter,
-    check_save_path,
-    check_space,
-    partial_path,
-    write_json,
-)
+from modelslim.output_directory import OutputDirectory, check_save_path, check_space, partial_path
+from modelslim.writer import JOURNAL, ShardWriter
 
 
 def raw(tensor: Tensor) -> bytes:

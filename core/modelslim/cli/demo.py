@@ -52,7 +52,7 @@ def command(output: Output, save_path: Path | None, device: str | None) -> None:
     one scale per weight row. Shown are sizes, perplexity and KL, and one question answered twice.
     """
     from modelslim.devices import prepare_threads
-    from modelslim.writer import check_save_path
+    from modelslim.output_directory import check_save_path
 
     prepare_threads()
     with TemporaryDirectory(prefix="modelslim-demo-") as temporary:

@@ -83,8 +83,9 @@ def command(
 
     prepare_threads()
     from modelslim.memory import peaks_in_words
-    from modelslim.plan import devices_of, make_plan
+    from modelslim.plan import make_plan
     from modelslim.plan_table import as_data, in_time, phase_rows
+    from modelslim.run_devices import devices_of
 
     found = find_protocol(Asked(config_path, quant_type, tags, practice_folders, model_path, model_type, engine))
     for remark in found.remarks:

@@ -104,9 +104,8 @@ def command(
     from modelslim.cli.progress import progress
     from modelslim.convert_protocol import read_conversion
     from modelslim.launch import crew, is_first_process
-    from modelslim.plan import devices_of
-    from modelslim.run import plan_as, run_plan
-    from modelslim.writer import check_save_path
+    from modelslim.output_directory import check_save_path
+    from modelslim.run_devices import devices_of
 
     start = time.monotonic()
     if is_first_process():
@@ -158,6 +157,8 @@ def command(
         }
         devices_of(device, workers, protocol)
         with crew(device, workers, {"save_path": str(save_path), "planned": planned}) as members:
+            from modelslim.run import plan_as, run_plan  # and torch, while other ranks do the same
+
             plan = plan_as(members, planned, observers, practice)
             for warning in plan.warnings if members.rank == 0 else ():
                 if not is_told(warning, practice):

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from torch import Tensor, nn
 
 from modelslim.checkpoint import Checkpoint
+from modelslim.disk import write_json
 from modelslim.edits import stored_name
 from modelslim.errors import ModelError
 from modelslim.experts import ExpertLinear
@@ -22,7 +23,6 @@ from modelslim.ranks import ALONE, Ranks
 from modelslim.result import RunOutput, read_small_parts, state_digest
 from modelslim.saved_experts import SavedExperts
 from modelslim.saver import SavedCache, SavedLinear
-from modelslim.writer import write_json
 
 
 @dataclass(frozen=True)

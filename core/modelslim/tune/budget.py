@@ -12,6 +12,7 @@ from typing import Any
 from modelslim.analysis.model import FloatModel
 from modelslim.analysis.scores import as_patterns
 from modelslim.analysis.simulate import Simulation
+from modelslim.disk import write_json
 from modelslim.errors import Diagnostic, ProtocolError
 from modelslim.patterns import Selector
 from modelslim.protocol.document import Document
@@ -23,7 +24,6 @@ from modelslim.tune.plan import FLOAT, with_process
 from modelslim.tune.sensitivity import Key, Sensitivities
 from modelslim.tune.strategy import Candidate, Proposals, Strategy
 from modelslim.types import QuantSpec
-from modelslim.writer import write_json
 
 FILE = "sensitivities.json"
 _UNITS = {"B": 1, "kB": 1000, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}

@@ -13,7 +13,9 @@ from typing import Any
 
 import yaml
 
+from modelslim.disk import explained, write_json
 from modelslim.errors import QuantizationError, UsageError
+from modelslim.output_directory import check_save_path
 from modelslim.plan import Plan, make_plan
 from modelslim.registry import Registry
 from modelslim.report import digest, journal_header
@@ -25,7 +27,6 @@ from modelslim.tune.judge import Judge, OutOfTimeError
 from modelslim.tune.plan import TunePlan, read_tune_plan
 from modelslim.tune.strategy import Candidate, Context, Strategy, Verdict
 from modelslim.tune.trials import VERSION, Trials, check_trials, key_of
-from modelslim.writer import check_save_path, explained, write_json
 
 STRATEGIES: Mapping[str, type[Strategy]] = {
     "budget": Budget,

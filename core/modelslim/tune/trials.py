@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from modelslim.disk import explained, lock
 from modelslim.errors import Diagnostic, UsageError
 from modelslim.report import digest
-from modelslim.writer import explained, lock
 
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
