@@ -159,8 +159,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=8.0)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--budget", default="4GiB")
     parser.add_argument("--folder", type=Path, default=None, help="where to work; 14 GB must be free")
     options = parser.parse_args()
