@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from modelslim.devices import divide_threads, resolve_devices
 from modelslim.errors import RankError, UsageError
+from modelslim.run_devices import devices_of
 
 if TYPE_CHECKING:
     from modelslim.ranks import Ranks
@@ -69,13 +71,13 @@ def crew(device: str | None, workers: int | None, job: Mapping[str, Any]) -> Ite
         job: arguments of ``quantize`` for the other ranks, as JSON values.
 
     Raises:
-        UsageError: see ``resolve_devices``; or the devices are not as many as torchrun's processes.
+        UsageError: see ``devices_of``; or the devices are not as many as torchrun's processes.
         RankError: a rank has ended; says what it said.
     """
+    devices = devices_of(device, workers, Path(job["planned"]["config_path"]))
     if _size() > 1:
-        yield _of_torchrun(device, workers)
+        yield _of_torchrun(device, workers, devices)
         return
-    devices = resolve_devices(device, workers)
     if len(devices) == 1:
         yield Crew(0, devices)
         return
@@ -107,12 +109,11 @@ def _size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
-def _of_torchrun(device: str | None, workers: int | None) -> Crew:
+def _of_torchrun(device: str | None, workers: int | None, devices: list[str]) -> Crew:
     rank, size = int(os.environ["RANK"]), _size()
     local, here = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if workers is not None:
         raise UsageError("--workers does not go with torchrun", hint="say --nproc-per-node to torchrun instead")
-    devices = resolve_devices(device)
     kind = devices[0].partition(":")[0]
     if kind != "cpu" and len(devices) == 1:
         devices = resolve_devices(f"{kind}:{','.join(map(str, range(here)))}")
@@ -191,8 +192,6 @@ class _Watch:
                 # Mostly the broken connection ends the first rank, which tells more.
                 if not self._done.wait(_GRACE):
                     self.has_interrupted = True
-                    import _thread
-
                     _thread.interrupt_main()
                 return
 

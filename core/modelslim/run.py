@@ -23,7 +23,6 @@ from modelslim.ranks import ALONE, Ranks
 from modelslim.report import REPORT, Phases, journal_header, make_report, memory_record
 from modelslim.report_page import write_page
 from modelslim.result import ResultWriter, RunOutput
-from modelslim.run_devices import devices_of
 from modelslim.verify import verify_run
 
 
@@ -89,7 +88,6 @@ def quantize(
         "calib_samples": calib_samples,
         "calib_length": calib_length,
     }
-    devices_of(device, workers, config_path)
     with crew(device, workers, {"save_path": str(save_path), "planned": planned}) as members:
         plan = plan_as(members, planned, observers)
         with members.meet() as ranks:

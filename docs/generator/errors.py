@@ -7,8 +7,7 @@ import inspect
 
 from generator.words import code, heading, prose, row, rows
 from modelslim import api, errors
-from modelslim.cli.errors import DONE, FAILED, OUR_BUG, WRONG_INPUT, WRONG_PLUGIN, describe, exit_code
-from modelslim.cli.signals import INTERRUPTED
+from modelslim.cli.errors import DONE, FAILED, INTERRUPTED, OUR_BUG, WRONG_INPUT, WRONG_PLUGIN, describe, exit_code
 
 CODES = {
     DONE: "done",

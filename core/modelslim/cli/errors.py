@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from modelslim.cli.hints import advice, message
-from modelslim.cli.signals import INTERRUPTED
 from modelslim.errors import (
     CapabilityError,
     DatasetError,
@@ -32,6 +31,7 @@ FAILED = 1
 WRONG_INPUT = 2
 WRONG_PLUGIN = 3
 OUR_BUG = 70
+INTERRUPTED = 130
 
 EXIT_CODES: Sequence[tuple[type[BaseException], int]] = (
     (QuantizationError, FAILED),

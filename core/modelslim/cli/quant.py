@@ -105,7 +105,6 @@ def command(
     from modelslim.convert_protocol import read_conversion
     from modelslim.launch import crew, is_first_process
     from modelslim.output_directory import check_save_path
-    from modelslim.run_devices import devices_of
 
     start = time.monotonic()
     if is_first_process():
@@ -155,7 +154,6 @@ def command(
             "calib_samples": calib_samples,
             "calib_length": calib_length,
         }
-        devices_of(device, workers, protocol)
         with crew(device, workers, {"save_path": str(save_path), "planned": planned}) as members:
             from modelslim.run import plan_as, run_plan  # and torch, while other ranks do the same
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-INTERRUPTED = 130
+from modelslim.cli.errors import INTERRUPTED
 
 _ENDING = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, a job scheduler, a closed terminal
 

@@ -30,19 +30,23 @@ class Shares:
         self, linears: Mapping[str, nn.Module], names: Iterable[str], statistics: UnitStatistics, ranks: Ranks
     ) -> None:
         self._ranks = ranks
+        self._owner: dict[str, int] = {}
+        if ranks.size == 1:
+            self._owner = dict.fromkeys(names, ranks.rank)
+            return
         groups: list[list[str]] = []
         for name in names:
-            fitting = [group for group in groups if statistics.shares_port(name, group[0])]
-            if fitting:
-                fitting[0].append(name)
-            else:
+            fitting = next((group for group in groups if statistics.shares_port(name, group[0])), None)
+            if fitting is None:
                 groups.append([name])
+            else:
+                fitting.append(name)
         loads = [0] * ranks.size
-        self._owner: dict[str, int] = {}
+        costs = [(_cost(linears, group), group) for group in groups]
         # The costliest first, each to whom has the least to do; ties in the order of the model.
-        for group in sorted(groups, key=lambda group: -_cost(linears, group)):
+        for cost, group in sorted(costs, key=lambda one: -one[0]):
             rank = loads.index(min(loads))
-            loads[rank] += _cost(linears, group)
+            loads[rank] += cost
             self._owner.update(dict.fromkeys(group, rank))
 
     def own(self, values: Mapping[str, T]) -> dict[str, T]:
