@@ -70,6 +70,7 @@ def job(shape: Shape, samples: int = SAMPLES, tokens: int = TOKENS) -> Job:
         width=inputs + outputs,
         statistics_bytes=16 * ports,
         count=shape.layers,
+        linears=4 + 3 * (1 if shape.experts == 1 else 1 + shape.shared),
     )
     table = 2 * shape.vocabulary * shape.hidden
     return Job(
@@ -130,7 +131,7 @@ def _time(seconds: float) -> str:
 def measure(folder: Path | None) -> None:
     """Print the rates of this machine."""
     machine = measured()
-    for name in ("macs", "float32_macs", "rounded", "copied"):
+    for name in ("macs", "float32_macs", "rounded", "copied", "passed"):
         print(f"{name:14s}{getattr(machine, name):.3g}")
     block = os.urandom(1 << 26)
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:

@@ -8,19 +8,34 @@ models that nobody has at hand. Both use the same formula.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import isqrt
 from typing import Literal
 
 Place = Literal["device", "host", "file"]
 
 STREAM_TENSORS = 2
 """Tensors of a sample's hidden size that wait with it: the call's own, and the embeddings that its forward holds."""
-SIDE_BYTES = 1024
+SIDE_BYTES = 512
 """Bytes of a token for all else that waits with it: rotary tables, positions, ids."""
-FIXED_BYTES = 96 << 20
-"""Buffers of libraries and of the allocator, code that is imported late, threads."""
+FIXED_BYTES = 16 << 20
+"""Buffers of libraries, code that is imported late, threads."""
+HOLE_BYTES = 32 << 20
+"""What the allocator keeps of freed activations before it is made to give it back."""
 CHUNK_BYTES = 64 << 20
-"""What is copied, judged or verified goes in pieces of at most so many bytes."""
+"""What is rounded or verified goes in pieces of at most so many bytes."""
+COPY_BYTES = 8 << 20
+"""What is copied goes in pieces of so many bytes."""
+FIXED_SECONDS = 0.5
+"""Of the report and its page, at any size."""
+LINEAR_SECONDS = 3e-3
+"""Of a linear that is judged, beside its multiplications."""
+JUDGED_ROWS = 256
+"""Tokens that judge a linear, once float and once quantized."""
+SCORE_FACTOR = 2
+"""Attention scores take so many times the seconds of as many multiplications by weights."""
+KERNEL_RATE = 2e8
+"""Bytes of kernels that libraries prepare in a second."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class UnitFacts:
         largest_gram: values of the largest Gram matrix.
         passes: how often every sample passes it.
         count: how many such units stand one behind the other.
+        linears: how many are quantized; fused experts count as one.
     """
 
     name: str
@@ -58,6 +74,7 @@ class UnitFacts:
     largest_gram: int = 0
     passes: int = 1
     count: int = 1
+    linears: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,8 @@ class Job:
         streams: 2 when each sample also passes the float model.
         holds_outputs: True when the outputs of a unit wait, too.
         replays: True when an algorithm wants all calls of a unit in memory.
+        row_counts: how many different numbers of tokens pass at once.
+        kernel_bytes: what libraries prepare, and keep, for each of these numbers and each shape of a weight.
     """
 
     units: Sequence[UnitFacts]
@@ -93,12 +112,19 @@ class Job:
     streams: int = 1
     holds_outputs: bool = False
     replays: bool = False
+    row_counts: int = 1
+    kernel_bytes: int = 0
 
     @property
     def activation_bytes(self) -> int:
         """What waits at a unit boundary."""
         tensors = STREAM_TENSORS * self.streams + self.holds_outputs
         return self.tokens * (tensors * self.hidden_bytes + SIDE_BYTES * self.streams)
+
+    @property
+    def score_macs(self) -> int:
+        """Multiplications of a token with the others of its sample, twice, over all heads of a unit."""
+        return 2 * self.tokens // max(self.samples, 1) * self.hidden_bytes // self.item_bytes
 
     @property
     def sample_bytes(self) -> int:
@@ -117,6 +143,7 @@ class Machine:
         rounded: weights that are rounded to nearest, with their range found.
         read, written: bytes of the disk, shared by all devices of a host.
         copied: bytes from memory to memory.
+        passed: channels of activations that pass norms, gates, additions and what measures them.
         exchanged: bytes that one device sends the others.
         devices_per_host: so many share a host's disk and memory.
     """
@@ -128,6 +155,7 @@ class Machine:
     read: float
     written: float
     copied: float
+    passed: float
     exchanged: float = 10e9
     devices_per_host: int = 1
 
@@ -194,6 +222,7 @@ def phases(job: Job, machine: Machine, layout: Layout) -> list[Phase]:
     found.append(_copy(job, machine, layout))
     if job.verified_bytes:
         found.append(_verify(job, machine, layout))
+    found.append(Phase("report", FIXED_SECONDS, {"fixed": FIXED_BYTES}))
     return found
 
 
@@ -212,7 +241,7 @@ def _embed(job: Job, machine: Machine, layout: Layout) -> Phase:
 
 
 def _units(job: Job, machine: Machine, layout: Layout) -> Phase:
-    seconds = 0.0
+    seconds = job.kernel_bytes / KERNEL_RATE
     for unit in job.units:
         work = unit_seconds(job, unit, machine, layout)
         read, written = work.pop("read"), work.pop("write")
@@ -231,6 +260,7 @@ def _units(job: Job, machine: Machine, layout: Layout) -> Phase:
         read=sum(unit.count * unit.stored_bytes for unit in job.units),
         written=sum(unit.count * unit.result_bytes for unit in job.units),
         exchanged=sum(unit.count * _exchanged(unit, layout) for unit in job.units),
+        codes=job.units[fullest].values,
     )
 
 
@@ -242,12 +272,22 @@ def unit_seconds(job: Job, unit: UnitFacts, machine: Machine, layout: Layout) ->
         spilled = 2 * unit.passes * job.activation_bytes / layout.ranks / machine.copied
     return {
         "read": unit.stored_bytes / machine.read,
-        "forward": unit.passes * share * unit.macs / machine.macs + spilled,
+        "forward": unit.passes * share * _token_seconds(job, unit, machine) + spilled,
         "statistics": share * unit.gram_updates / machine.float32_macs,
         "rounding": (unit.values / machine.rounded + unit.gram_cubes / machine.float32_macs) / layout.ranks,
+        "judging": _judging(unit, machine) / layout.ranks if job.samples and unit.passes else 0.0,
         "exchange": _exchanged(unit, layout) / machine.exchanged,
         "write": unit.result_bytes / machine.written,
     }
+
+
+def _token_seconds(job: Job, unit: UnitFacts, machine: Machine) -> float:
+    """Of one token's way through a unit."""
+    return (unit.macs + SCORE_FACTOR * job.score_macs) / machine.macs + unit.width / machine.passed
+
+
+def _judging(unit: UnitFacts, machine: Machine) -> float:
+    return unit.linears * LINEAR_SECONDS + 2 * JUDGED_ROWS * unit.values / machine.macs
 
 
 def _exchanged(unit: UnitFacts, layout: Layout) -> int:
@@ -264,16 +304,29 @@ def _unit_memory(job: Job, index: int, layout: Layout) -> dict[str, int]:
         memory = {"all units": sum(one.count * one.held_bytes for one in job.units)}
     elif layout.ahead:
         memory["next unit"] = following.held_bytes
-    memory["codes"] = unit.values
     if layout.ahead:
         memory["unit being written"] = (unit if unit.count > 1 or not index else job.units[index - 1]).values
     if job.samples:
         memory["statistics"] = unit.statistics_bytes
-        # Libraries repack a weight to multiply by it.
-        memory["forward"] = job.longest * unit.width * job.item_bytes * 2 + unit.largest * job.item_bytes
-    memory["rounding"] = 4 * (3 * unit.largest_gram + (2 * unit.largest if unit.largest_gram else 0))
-    memory["rounding"] += min(CHUNK_BYTES, 4 * unit.largest)
+        memory["kernels"] = job.kernel_bytes
     memory["fixed"] = FIXED_BYTES
+    rounding = {"codes": unit.values, "rounding": min(CHUNK_BYTES, 4 * unit.largest)}
+    rounding["rounding"] += 4 * (3 * unit.largest_gram + (2 * unit.largest if unit.largest_gram else 0))
+    forward = _forward_memory(job, unit)
+    return memory | max(rounding, forward, key=lambda parts: sum(parts.values()))
+
+
+def _forward_memory(job: Job, unit: UnitFacts) -> dict[str, int]:
+    """What samples need on their way through a unit; no codes are there yet, unless they pass quantized linears."""
+    if not job.samples:
+        return {}
+    activations = job.longest * unit.width * job.item_bytes
+    # Tensors of many sizes leave holes that fit none of the next; libraries repack a weight to multiply by it.
+    memory = {"forward": activations * 2 - activations // job.row_counts + unit.largest * job.item_bytes + HOLE_BYTES}
+    memory["forward"] += 4 * job.longest * isqrt(unit.largest_gram)
+    if unit.passes > 1:
+        memory["codes"] = unit.values
+        memory["decoded weights"] = 4 * unit.values
     return memory
 
 
@@ -285,24 +338,31 @@ def _outside(job: Job, machine: Machine, layout: Layout) -> Phase:
     memory["rounding"] = min(CHUNK_BYTES, 4 * unit.largest)
     passed = job.samples and unit.passes
     if passed:
-        seconds += job.tokens * unit.macs / machine.macs
-        memory["forward"] = job.longest * unit.width * job.item_bytes * 2 + unit.largest * job.item_bytes
+        seconds += job.tokens * unit.macs / machine.macs + _judging(unit, machine)
+        memory |= _forward_memory(job, replace(unit, passes=1))
     waiting = _waiting(job, layout) if passed else {}
     return _phase(
-        "outside the units", seconds, memory, waiting, layout, read=unit.stored_bytes, written=unit.result_bytes
+        "outside the units",
+        seconds,
+        memory,
+        waiting,
+        layout,
+        read=unit.stored_bytes,
+        written=unit.result_bytes,
+        codes=unit.values,
     )
 
 
 def _copy(job: Job, machine: Machine, layout: Layout) -> Phase:
     seconds = job.copied_bytes / machine.read + job.copied_bytes / machine.written
-    memory = {"piece": CHUNK_BYTES, "fixed": FIXED_BYTES}
+    memory = {"piece": COPY_BYTES, "fixed": FIXED_BYTES}
     return Phase("copying", seconds, memory, read=job.copied_bytes, written=job.copied_bytes)
 
 
 def _verify(job: Job, machine: Machine, layout: Layout) -> Phase:
     largest = max((unit.largest for unit in (*job.units, *([job.outside] if job.outside else []))), default=0)
     # Codes as they are stored, as they were decoded, and as they are encoded again; sums go in pieces.
-    memory = {"largest linear": 3 * largest, "piece": CHUNK_BYTES, "fixed": FIXED_BYTES}
+    memory = {"largest linear": 3 * largest, "piece": min(CHUNK_BYTES, 8 * largest), "fixed": FIXED_BYTES}
     seconds = job.verified_bytes / machine.read + job.verified_bytes / machine.rounded
     return Phase("verification", seconds, memory, read=job.verified_bytes)
 
@@ -331,6 +391,7 @@ def _phase(
     read: int = 0,
     written: int = 0,
     exchanged: int = 0,
+    codes: int = 0,
 ) -> Phase:
     """A phase whose memory lies where the work is done."""
     here = {"activations": waiting["host"]} if "host" in waiting else {}
@@ -338,7 +399,7 @@ def _phase(
         return Phase(name, seconds, {**memory, **here}, {}, read, written, exchanged)
     there = {"activations": waiting["device"]} if "device" in waiting else {}
     # The host reads a tensor at a time, and holds the codes that are being written.
-    host = {"codes": memory.get("codes", 0), "unit being written": memory.get("unit being written", 0)}
+    host = {"codes": codes, "unit being written": memory.get("unit being written", 0)}
     host |= {"piece": CHUNK_BYTES, "fixed": FIXED_BYTES}
     device = {name: nbytes for name, nbytes in memory.items() if name != "unit being written"}
     return Phase(name, seconds, {**host, **here}, {**device, **there}, read, written, exchanged)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from modelslim.errors import PluginError, UsageError, closest
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 KINDS = ("cpu", "cuda", "npu")
@@ -169,6 +170,14 @@ def bfloat16_products(x: Tensor) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def prepares_kernels(dtype: torch.dtype) -> bool:
+    """True when the CPU's library compiles, and keeps, a kernel for every shape that it multiplies in this type."""
+    import torch
+
+    supported = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return dtype == torch.bfloat16 and supported
 
 
 def describe_computer(device: str) -> dict[str, str]:

@@ -23,6 +23,7 @@ CPU = Machine(
     read=1.5e9,
     written=0.8e9,
     copied=5e9,
+    passed=1.4e9,
 )
 """The machine on which docs/scale.md was measured: ``python benchmarks/scale.py --measure``."""
 
@@ -34,6 +35,7 @@ ACCELERATOR = Machine(
     read=2e9,
     written=1e9,
     copied=20e9,
+    passed=100e9,
     exchanged=50e9,
     devices_per_host=8,
 )
@@ -50,18 +52,21 @@ def measured() -> Machine:
     """The CPU's rates, timed once in a process. Short, so that what else runs on the machine shows in them."""
     import torch
 
-    rows, size = 256, 1024
+    rows, size = 512, 1024  # rows enough that waking the threads counts little
     x, weight = torch.ones(rows, size, dtype=torch.bfloat16), torch.ones(size, size, dtype=torch.bfloat16)
     a = torch.ones(size, size)
     values = torch.linspace(-1, 1, 1 << 20, dtype=torch.bfloat16).view(1024, 1024)
     source, target = torch.ones(8 << 20, dtype=torch.uint8), torch.empty(8 << 20, dtype=torch.uint8)
     with torch.no_grad():
+        passed = _CHANNELS * values.numel() / _seconds(lambda: _pass(values))
         macs = rows * size * size / _seconds(lambda: x @ weight.t())
         float32_macs = rows * size * size / _seconds(lambda: a[:rows] @ a)
         copied = len(source) / _seconds(lambda: target.copy_(source))
         with one_thread():
             rounded = values.numel() / _seconds(lambda: _round(values))
-    return replace(CPU, name="this CPU", macs=macs, float32_macs=float32_macs, copied=copied, rounded=rounded)
+    return replace(
+        CPU, name="this CPU", macs=macs, float32_macs=float32_macs, copied=copied, rounded=rounded, passed=passed
+    )
 
 
 def _round(values: Tensor) -> Tensor:
@@ -71,6 +76,19 @@ def _round(values: Tensor) -> Tensor:
     rows = values.to(torch.float32)
     scale = torch.maximum(rows.amax(1), -rows.amin(1)) / 127
     return rows.div_(scale.unsqueeze(1)).round_().to(torch.int8)
+
+
+_CHANNELS = 4
+"""Channels of a unit, inputs and outputs of its linears, that cost as much as one in ``_pass``; as measured."""
+
+
+def _pass(x: Tensor) -> Tensor:
+    """A norm, as models compute it, and a gate."""
+    import torch
+
+    wide = x.to(torch.float32)
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    return torch.nn.functional.silu(normed) * x
 
 
 def _seconds(work: Callable[[], object], most: float = 0.025) -> float:

@@ -6,13 +6,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from modelslim.costs import Job, Layout, Machine, Phase, Place, UnitFacts, peaks, phases
-from modelslim.devices import free_memory, is_host
+from modelslim.devices import free_memory, is_host, prepares_kernels
 from modelslim.errors import UsageError
 from modelslim.experts import ExpertLinear
 from modelslim.machines import machine_of
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
 _FREE_SHARE = 0.9
+_KERNEL_BYTES, _KERNEL_VALUES = 700_000, 1 << 24  # as measured with oneDNN: a part that is fixed, and one by the weight
+_KERNELS_KEPT = 1024
 _WHERE = {"device": "on the device", "host": "in the computer's memory", "file": "in a file"}
 
 
@@ -166,6 +170,8 @@ def job_of(plan: Plan) -> Job:
         streams=2 if plan.propagates_quantized and plan.replays else 1,
         holds_outputs=plan.replays,
         replays=plan.replays,
+        row_counts=max(len(set(plan.lengths)), 1),
+        kernel_bytes=sizes.kernels,
     )
 
 
@@ -192,6 +198,18 @@ class _Sizes:
             for name, parameter in self._plan.model.named_parameters()
             if not name.startswith(inside) and f"{name.rpartition('.')[0]}." not in linears
         )
+
+    @property
+    def kernels(self) -> int:
+        """Bytes of the kernels that libraries prepare for each number of rows and each shape of a weight."""
+        dtype = getattr(torch, self._plan.info.dtype)
+        if not is_host(self._plan.device) or not prepares_kernels(dtype):
+            return 0
+        info = self._plan.info
+        linears = (linear for unit in info.units for linear in info.by_unit[unit] if not linear.bank)
+        shapes = sorted({(one.in_features, one.out_features) for one in linears}, key=prod, reverse=True)
+        sizes = [int(_KERNEL_BYTES + min(prod(shape), _KERNEL_VALUES) / 4) for shape in shapes]
+        return sum(islice((size for size in sizes for _ in set(self._plan.lengths)), _KERNELS_KEPT))
 
     def unit(self, name: str, passed: bool) -> UnitFacts:
         """One unit, or the quantized linears outside all units."""
@@ -226,6 +244,7 @@ class _Sizes:
             gram_updates=int(sum(_experts(one) * share * one.in_features**2 for one, share in grams)),
             largest_gram=max((one.in_features**2 for one, _ in grams), default=0),
             passes=count_passes(plan, name) if name else int(bool(needs)),
+            linears=len(claimed),
         )
 
     def _active(self, linear: LinearInfo) -> float:

@@ -172,7 +172,8 @@ def run_plan(
     meter = Meter(plan.device)
     meter.start()
     runner = plan.registry.load("runners", plan.runner)()
-    output = OutputDirectory(save_path, journal_header(plan), resume=not restart)
+    header = journal_header(plan)
+    output = OutputDirectory(save_path, header, resume=not restart)
     with _telling_of_rest(output, say), plan.checkpoint, output:
         if output.finished or output.stages:
             done = sum(one.report is not None for one in output.finished)
@@ -184,7 +185,7 @@ def run_plan(
                 lost = sum(not has_unit(output.path, number) for number in range(len(output.finished)))
                 if lost:
                     say(f"{lost} of them were done without --debug and are not in {DEBUG_INFO}")
-            _tell(plan, writer, ranks)
+            _tell(header, writer, ranks)
             units = runner.run(plan, writer, ranks)
             prior = [stage.records for stage in writer.overlay.stages]
             phases.end("units")
@@ -209,7 +210,7 @@ def run_plan(
     return report
 
 
-def _tell(plan: Plan, writer: ResultWriter, ranks: Ranks) -> None:
+def _tell(header: Mapping[str, Any], writer: ResultWriter, ranks: Ranks) -> None:
     """Tell the other ranks what there is already, and see that they have the same plan."""
     if ranks.size == 1:
         return
@@ -218,13 +219,13 @@ def _tell(plan: Plan, writer: ResultWriter, ranks: Ranks) -> None:
     ]
     stages = [stage.as_data() for stage in writer.overlay.stages]
     ranks.share([str(writer.path), [unit.as_data() for unit in writer.finished], stored, stages])
-    _compare(plan, ranks)
+    _compare(header, ranks)
 
 
 def _help(plan: Plan, ranks: Ranks) -> None:
     """Do the part of a rank that writes nothing."""
     path, finished, stored, stages = ranks.share(None)
-    _compare(plan, ranks)
+    _compare(journal_header(plan), ranks)
     tensors = {
         name: StoredTensor(name, dtype, tuple(shape), Path(file), offset, nbytes)
         for name, dtype, shape, file, offset, nbytes in stored
@@ -237,9 +238,8 @@ def _help(plan: Plan, ranks: Ranks) -> None:
         runner.run(plan, RunOutput(Path(path), units, tensors, overlay), ranks)
 
 
-def _compare(plan: Plan, ranks: Ranks) -> None:
-    """Refuse ranks that would not compute the same."""
-    own = journal_header(plan)
+def _compare(own: Mapping[str, Any], ranks: Ranks) -> None:
+    """Refuse ranks that would not compute the same, by the headers of their journals."""
     headers = ranks.gather({key: own[key] for key in ("protocol", "dataset", "calib_length", "adapter", "versions")})
     for rank, header in enumerate(headers):
         changes = list(differences(headers[0], header))

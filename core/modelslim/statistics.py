@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import ClassVar, TypeVar
 
 import torch
@@ -304,8 +305,10 @@ class RowSample(Statistic):
         first = -self._seen % self._stride
         self._seen += len(x)
         if first < len(x):
-            self._parts.append(x[first :: self._stride].clone())
-            self._thin()
+            kept = x[first :: self._stride]
+            self._parts.append(kept)
+            if not self._thin():
+                self._parts[-1] = kept.clone()
 
     def merge(self, other: Statistic) -> None:
         """Add what another instance keeps."""
@@ -332,10 +335,17 @@ class RowSample(Statistic):
         """Every ``step``-th of the kept tokens."""
         return self._parts if step == 1 or not self._parts else [torch.cat(self._parts)[::step].clone()]
 
-    def _thin(self) -> None:
-        while sum(map(len, self._parts)) > self.capacity:
-            self._parts = [torch.cat(self._parts)[::2].clone()]
+    def _thin(self) -> bool:
+        """Keep every second token until they fit, then copy those alone; False when they fit as they are."""
+        parts = self._parts
+        while sum(map(len, parts)) > self.capacity:
+            starts = accumulate(map(len, parts), initial=0)
+            parts = [part[start % 2 :: 2] for start, part in zip(starts, parts)]  # noqa: B905  (one start more)
             self._stride *= 2
+        if parts is self._parts:
+            return False
+        self._parts = [torch.cat(parts)]
+        return True
 
 
 def _rescale(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import psutil
 import pytest
 
 from modelslim.api import hookimpl
+from modelslim.costs import Layout, peaks, phases
 from modelslim.errors import ProtocolError, RankError
+from modelslim.plan import make_plan
 from modelslim.ranks import merge_order
 from modelslim.run import quantize
 
@@ -94,6 +97,80 @@ def test_the_number_of_ranks_changes_no_byte(
     assert numbers(shared) == numbers(alone)
     assert (shared["runner"], alone["runner"]) == ("dp_layer_wise", "layer_wise")
     assert psutil.Process().children(recursive=True) == []
+
+
+def budget_for_a_file(model: Path, config: Path) -> str:
+    """What two ranks need when their activations wait in files, and which is too little for them in memory."""
+    costs = make_plan(model, config, device="cpu", ranks=2).costs
+    held, in_file = (
+        peaks(phases(costs.job, costs.machine, Layout(place, ahead=False, ranks=2)))["host"].host_bytes
+        for place in ("host", "file")
+    )
+    assert in_file < held
+    return f"{in_file + held}B"  # both share it
+
+
+class Files:
+    """Counts, while a unit is finished, the files without a name that each process has open in a folder."""
+
+    def __init__(self, folder: Path, then: Callable[[], object] = lambda: None) -> None:
+        self._folder = folder
+        self._then = then
+        self.counts: list[list[int]] = []
+
+    @hookimpl
+    def unit_finished(self) -> None:
+        self.counts.append(nameless_files(self._folder))
+        self._then()
+
+
+def nameless_files(folder: Path) -> list[int]:
+    """How many files in a folder each process of this run has open that have no name any more."""
+    processes = [psutil.Process(), *psutil.Process().children()]
+    counts = []
+    for process in processes:
+        links = []
+        for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed by now
+                links.append(str(descriptor.readlink()))
+        counts.append(sum(link.startswith(str(folder)) and link.endswith("(deleted)") for link in links))
+    return counts
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system does not list open files")
+@pytest.mark.parametrize("entries", [[SMOOTH, STATIC], [GPTQ]], ids=["smooth, static", "gptq"])
+def test_ranks_whose_activations_wait_in_files_change_no_byte_and_leave_none(
+    entries: list[str],
+    tiny_llama: Path,
+    protocol: Protocol,
+    calibration_texts: tuple[str, ...],
+    tmp_path: Path,
+    snapshot: Snapshot,
+) -> None:
+    data = tmp_path / "lengths.jsonl"  # no two texts of one length, so that none pass together
+    words = " ".join(calibration_texts)
+    data.write_text("".join(json.dumps({"text": f"{words}{' a' * number}"}) + "\n" for number in range(20)))
+    config = protocol(text(data, *entries))
+    budget = budget_for_a_file(tiny_llama, config)
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+
+    def kill() -> None:
+        psutil.Process().children()[0].kill()
+
+    files = Files(partial, kill)
+    with pytest.raises(RankError, match="killed by signal 9"):
+        quantize(tiny_llama, out, config, device="cpu", workers=2, max_memory=budget, observers=[("files", files)])
+    assert files.counts[0] == [1, 1]  # the plan of both ranks says so
+    assert nameless_files(partial) == [0] and psutil.Process().children(recursive=True) == []
+    left = {path.suffix for path in partial.iterdir() if path.is_file()}
+    assert left <= {".safetensors", ".unfinished", ".jsonl"}
+
+    files = Files(partial)
+    report = quantize(tiny_llama, out, config, device="cpu", workers=2, max_memory=budget, observers=[("files", files)])
+    assert report["memory"]["activations"] == "file" and [1, 1] in files.counts
+    assert nameless_files(partial) == nameless_files(out) == [0]
+    quantize(tiny_llama, tmp_path / "alone", config, device="cpu")
+    assert same(out, tmp_path / "alone", snapshot)
 
 
 def test_experts_are_shared_too(
