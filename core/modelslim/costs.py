@@ -322,7 +322,8 @@ def _forward_memory(job: Job, unit: UnitFacts) -> dict[str, int]:
         return {}
     activations = job.longest * unit.width * job.item_bytes
     # Tensors of many sizes leave holes that fit none of the next; libraries repack a weight to multiply by it.
-    memory = {"forward": activations * 2 - activations // job.row_counts + unit.largest * job.item_bytes + HOLE_BYTES}
+    memory = {"forward": activations * 2 - activations // job.row_counts + unit.largest * job.item_bytes}
+    memory["kept by the allocator"] = HOLE_BYTES
     memory["forward"] += 4 * job.longest * isqrt(unit.largest_gram)
     if unit.passes > 1:
         memory["codes"] = unit.values
