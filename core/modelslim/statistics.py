@@ -301,11 +301,12 @@ class RowSample(Statistic):
 
     def update(self, x: Tensor) -> None:
         """Keep some tokens of a batch."""
-        first = -self._seen % self._stride
-        self._seen += len(x)
-        if first < len(x):
-            self._parts.append(x[first :: self._stride].clone())
+        while self._kept + len(range(self._first, len(x), self._stride)) > self.capacity:
             self._thin()
+        rows = x[self._first :: self._stride]
+        self._seen += len(x)
+        if len(rows):
+            self._parts.append(rows.clone())
 
     def merge(self, other: Statistic) -> None:
         """Add what another instance keeps."""
@@ -314,7 +315,8 @@ class RowSample(Statistic):
         self._parts = [*self._every(stride // self._stride), *other._every(stride // other._stride)]
         self._seen += other._seen
         self._stride = stride
-        self._thin()
+        while self._kept > self.capacity:
+            self._thin()
 
     def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> RowSample:
         """The same tokens after the rescaling, in float32."""
@@ -333,9 +335,17 @@ class RowSample(Statistic):
         return self._parts if step == 1 or not self._parts else [torch.cat(self._parts)[::step].clone()]
 
     def _thin(self) -> None:
-        while sum(map(len, self._parts)) > self.capacity:
-            self._parts = [torch.cat(self._parts)[::2].clone()]
-            self._stride *= 2
+        self._parts = self._every(2)
+        self._stride *= 2
+
+    @property
+    def _kept(self) -> int:
+        return sum(map(len, self._parts))
+
+    @property
+    def _first(self) -> int:
+        """Place of the next token that is kept, in the batch that comes."""
+        return -self._seen % self._stride
 
 
 def _rescale(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
