@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from modelslim.batches import batched
+from modelslim.costs import KL_LOGITS, KL_POSITIONS, KL_TOKENS, kl_texts
 from modelslim.disk import explained
 from modelslim.divergence import kl_sum
 from modelslim.errors import DatasetError, ModelError, first_line
@@ -37,12 +38,7 @@ from modelslim.sampling import choose_samples, tokens_of
 from modelslim.suspended import SuspendedForward, compute
 from modelslim.wire import put_together, take_apart
 
-TOKENS, POSITIONS = 32, 8
-"""Of each text so many tokens are followed, and at so many of them the distributions are compared."""
-_EACH = 8192  # calibration tokens for each text: what it costs stays in proportion
-_FEWEST, _MOST = 2, 8  # texts
 _GUIDE = 2  # tokens with which the ends are led through the units: many of them wait at once
-_LOGITS = 1 << 24  # logits in memory at once
 _BLOCK = 4096  # rows of a head's weight that are multiplied at once
 _ROWS = 8  # tokens whose log-probabilities are in memory at once
 
@@ -124,7 +120,8 @@ class Lens:
 
         self._measure(go)
         parts = {str(key): tensor.to("cpu").contiguous() for key, tensor in tensors.items()}
-        return safetensors.torch.save(parts, {"outputs": json.dumps(kept), "note": self._note})
+        content: bytes = safetensors.torch.save(parts, {"outputs": json.dumps(kept), "note": self._note})
+        return content
 
     def pass_again(self, index: int, file: Path) -> None:
         """Let all pass a unit that an earlier run has finished, with what it gave then."""
@@ -158,7 +155,7 @@ class Lens:
             last = next(reversed(self._guides))
             form = main_tensor(self._guides[last][-1], last).shape
             units = [one for one in self._rows if main_tensor(self._guides[one][-1], one).shape == form]
-            most = max(1, _LOGITS // (max(self._vocabularies) * len(self._rows[last])))
+            most = max(1, KL_LOGITS // (max(self._vocabularies) * len(self._rows[last])))
             with self._exact_head():
                 for end, first in zip(self._ends, range(0, len(units), most), strict=False):
                     found.update(self._read(end, last, units[first : first + most]))
@@ -183,7 +180,7 @@ class Lens:
     def _texts(self, inputs: Sequence[Any]) -> list[Any]:
         """Beginnings of a few calibration texts; of those that come with media the texts alone."""
         session, samples = self._plan.session, self._plan.samples
-        most = min(max(_FEWEST, sum(self._plan.lengths) // _EACH), _MOST)
+        most = kl_texts(sum(self._plan.lengths))
         found = [one for sample, one in zip(samples, inputs, strict=True) if not holds_media(sample)]
         if not found:
             bare = dict.fromkeys(replace(one, image=None, audio=None, video=None) for one in samples)
@@ -191,8 +188,8 @@ class Lens:
         found = [one for one in found if tokens_of(one) > 1]
         if not found:
             raise DatasetError("no calibration sample holds two tokens")
-        long = [one for one in found if tokens_of(one) >= TOKENS] or found
-        return [cut_input(one, TOKENS, number) for number, one in enumerate(choose_samples(long, most), start=1)]
+        long = [one for one in found if tokens_of(one) >= KL_TOKENS] or found
+        return [cut_input(one, KL_TOKENS, number) for number, one in enumerate(choose_samples(long, most), start=1)]
 
     def _forward(self, inputs: Any) -> SuspendedForward:
         # A forward may change what it is given.
@@ -230,7 +227,7 @@ class Lens:
         if states.dim() != 3:
             return None
         length = states.shape[1]
-        step = max(1, (length - length // 2) // POSITIONS)
+        step = max(1, (length - length // 2) // KL_POSITIONS)
         return states[:, length // 2 :: step].flatten(0, 1)
 
     def _read(self, end: SuspendedForward, last: str, units: Sequence[str]) -> dict[str, float]:
