@@ -266,7 +266,7 @@ class Engine:
             clock.lap("write")
         elif self._ranks.is_first:
             self._put(unit, index, clock, outcome, left, stored, record)
-        if unit:
+        if unit and not self._ends_measurement(index):
             self._loader.release(self._names(index))
         self._plan.session.unit_finished(unit, self._held.started + index, self._held.total, record)
 
@@ -291,7 +291,7 @@ class Engine:
         self._written.update(stored, gone)
         self._writer.wait()
         clock.lap("write")
-        if self._lens is not None and unit and index == min(self._last_pass, len(self._units) - 1):
+        if self._lens is not None and self._ends_measurement(index):
             self._loader.release(self._names(index))  # its place is for the head
             record["kl"] = self._lens.measure()
             self._loader.release_filled()
@@ -299,6 +299,10 @@ class Engine:
         if self._writer.debug:
             write_unit(self._writer.path, index, modules, caches, outcome.observed, record)
         self._writer.put(unit, modules, caches, edited, copies, sorted(changed), record, outcome.kept)
+
+    def _ends_measurement(self, index: int) -> bool:
+        """True for the last unit that samples pass, where KL per layer is read."""
+        return self._lens is not None and index == min(self._last_pass, len(self._units) - 1)
 
     def _replaced(self, modules: Iterable[str], edited: Iterable[str]) -> set[str]:
         """Stored tensors in whose place others were written."""
