@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -68,6 +68,7 @@ class RunOutput:
         changed: Sequence[str] = (),
         report: Mapping[str, Any] | None = None,
         kept: bytes = b"",
+        arrived: Callable[[], None] = lambda: None,
     ) -> None:
         """Another rank writes the unit."""
 
@@ -112,7 +113,7 @@ class ResultWriter(RunOutput):
         except BaseException:
             self._shards.abandon()
             raise
-        self._pool = ThreadPoolExecutor(1, "writer", work_alone)
+        self._pool = ThreadPoolExecutor(1, "writer", work_alone, (plan.device,))
         self._pending: Future[None] | None = None
 
     def __enter__(self) -> ResultWriter:
@@ -147,6 +148,7 @@ class ResultWriter(RunOutput):
         changed: Sequence[str] = (),
         report: Mapping[str, Any] | None = None,
         kept: bytes = b"",
+        arrived: Callable[[], None] = lambda: None,
     ) -> None:
         """Write a unit's quantized linears and copy its other tensors; waits for the unit before.
 
@@ -159,12 +161,15 @@ class ResultWriter(RunOutput):
             changed: names of the parameters in ``edited``.
             report: the unit's record for the report, for the journal; not to be changed any more.
             kept: what a run that is continued behind the unit wants to find in ``beside``.
+            arrived: waits until the tensors of ``modules``, ``caches`` and ``edited`` are on the CPU.
 
         Raises:
             SaveError, ModelError: writing or reading failed, for this unit or the one before.
         """
         self.wait()
-        self._pending = self._pool.submit(self._write, unit, modules, caches, edited, copies, changed, report, kept)
+        self._pending = self._pool.submit(
+            self._write, unit, modules, caches, edited, copies, changed, report, kept, arrived
+        )
 
     def finish(self) -> list[TensorRecord]:
         """Write what remains: indices, descriptions, config.json, the files beside the weights.
@@ -207,7 +212,9 @@ class ResultWriter(RunOutput):
         changed: Sequence[str],
         report: Mapping[str, Any] | None,
         kept: bytes,
+        arrived: Callable[[], None],
     ) -> None:
+        arrived()
         saver, dtype = self._plan.saver, self._plan.info.dtype
         first = len(self._written)
         for stored, linear in self._stored(modules):
