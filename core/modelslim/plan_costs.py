@@ -172,6 +172,8 @@ def job_of(plan: Plan) -> Job:
         replays=plan.replays,
         row_counts=max(len(set(plan.lengths)), 1),
         kernel_bytes=sizes.kernels,
+        head_bytes=sizes.head * dtype.itemsize if plan.samples and plan.stage is None else 0,
+        vocabulary=max((one.out_features for one in plan.info.by_unit[""]), default=0),
     )
 
 
@@ -210,6 +212,11 @@ class _Sizes:
         shapes = sorted({(one.in_features, one.out_features) for one in linears}, key=prod, reverse=True)
         sizes = [int(_KERNEL_BYTES + min(prod(shape), _KERNEL_VALUES) / 4) for shape in shapes]
         return sum(islice((size for size in sizes for _ in set(self._plan.lengths)), _KERNELS_KEPT))
+
+    @property
+    def head(self) -> int:
+        """Values of the linears outside the units, of which a head is the largest."""
+        return sum(one.out_features * one.in_features for one in self._plan.info.by_unit[""])
 
     def unit(self, name: str, passed: bool) -> UnitFacts:
         """One unit, or the quantized linears outside all units."""
