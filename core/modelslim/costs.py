@@ -102,8 +102,8 @@ class Job:
 
     @property
     def sample_bytes(self) -> int:
-        """What the two samples need that are awake while the others wait elsewhere."""
-        return 2 * self.activation_bytes * self.longest // max(self.tokens, 1)
+        """What waits with the longest sample."""
+        return self.activation_bytes * self.longest // max(self.tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,9 @@ def _waiting(job: Job, layout: Layout) -> dict[str, int]:
     everything = -(-job.activation_bytes // layout.ranks)
     if not job.samples:
         return {}
-    awake = min(job.sample_bytes, everything)
+    # The one at work and the one before; the one that leaves for the host, and the one that comes back from there.
+    moving = 2 if layout.separate and layout.activations == "host" else 0
+    awake = min((2 + moving) * job.sample_bytes, everything)
     if layout.activations == "file":
         awake = everything if job.replays else awake
     held = {"device" if layout.separate else "host": everything if layout.activations == "device" else awake}

@@ -182,7 +182,7 @@ def describe_computer(device: str) -> dict[str, str]:
 
 
 def set_device(device: str) -> None:
-    """Let this process use that device where none is named."""
+    """Let the calling thread use that device where none is named."""
     import torch
 
     if not device.startswith("cpu"):
@@ -195,19 +195,20 @@ def communication_backend(device: str) -> str:
     return backends.get(device.partition(":")[0], "gloo")
 
 
-def work_alone() -> None:
-    """Make the calling thread compute without helper threads for good; for threads beside the main one."""
+def work_alone(device: str) -> None:
+    """Make the calling thread compute on a device and without helper threads; for threads beside the main one."""
     import torch
 
     torch.set_num_threads(1)
+    set_device(device)
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device, so that a measured time is true."""
+    """Wait for what the calling thread computes on the device, so that a measured time is true; not for copies."""
     import torch
 
     if not device.startswith("cpu"):
-        torch.accelerator.synchronize(device)
+        torch.get_device_module(device).current_stream(device).synchronize()
 
 
 def is_host(device: str) -> bool:

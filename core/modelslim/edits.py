@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,20 +17,23 @@ if TYPE_CHECKING:
     from modelslim.plan import Plan
 
 
-def stored_edits(plan: Plan, model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def stored_edits(
+    plan: Plan, model: nn.Module, names: Iterable[str], bring: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of edited parameters by stored name, on the CPU.
 
     Args:
         plan: the plan, which has refused what cannot be written.
         model: the model with the parameters loaded.
         names: full names of the parameters, added biases among them.
+        bring: the copy of a tensor on the host, or the tensor itself where it is there.
     """
     for name in sorted(names):
         owner, _, part = name.rpartition(".")
         module = model.get_submodule(owner)
-        tensor = getattr(module, part).detach().to("cpu")
+        tensor = getattr(module, part).detach()
         if isinstance(module, ExpertLinear):
-            bank = plan.info.banks[owner]
+            tensor, bank = bring(tensor), plan.info.banks[owner]
             for expert, linears in enumerate(bank.linears):
                 for linear, rows in zip(linears, bank.rows, strict=True):
                     yield f"{linear.stored}.{part}", tensor[expert, rows]
@@ -38,8 +41,9 @@ def stored_edits(plan: Plan, model: nn.Module, names: Iterable[str]) -> Iterator
         stored = stored_name(name, plan.loader.sources)
         if stored in plan.checkpoint.tensors:
             tensor = tensor.to(plan.checkpoint.tensors[stored].torch_dtype)
+        held = bring(tensor)
         # The module may be released or changed while the writer is at work.
-        yield stored, tensor.clone()
+        yield stored, tensor.clone() if held is tensor else held
 
 
 def edited_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

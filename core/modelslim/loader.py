@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modelslim.checkpoint import Checkpoint
 from modelslim.errors import Diagnostic, ModelError, nearest
+from modelslim.transfers import Arrival, Uploads
 from modelslim.types import WeightSource
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Loader:
     ) -> None:
         self._checkpoint = checkpoint
         self._device = device
+        self._uploads = Uploads(device)
         self._overlay = overlay
         self.sources = sources if sources is not None else {name: WeightSource((name,)) for name in checkpoint.tensors}
         self._slots: dict[str, tuple[nn.Module, str]] = {}
@@ -136,12 +138,24 @@ class Loader:
         return problems
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read parameters; may run in another thread, since the model is left alone.
+        """Read parameters.
 
         Raises:
             ModelError: not in the checkpoint, of another shape, or not finite.
         """
-        tensors = self._changed(names)
+        return self._read(names, lambda tensor: tensor.to(self._device))
+
+    def read_ahead(self, names: Sequence[str]) -> Arrival:
+        """Read parameters in a thread of its own, for the one that computes; the model is left alone.
+
+        Raises:
+            ModelError: as for ``read``.
+        """
+        return self._uploads.begin(lambda bring: self._read(names, bring))
+
+    def _read(self, names: Sequence[str], bring: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Read parameters, and have each brought to the device before the next is read."""
+        tensors = self._changed(names, bring)
         names = [name for name in names if name not in tensors]
         waiting = Counter(key for name in names for key in self.source(name).keys)
         # Many parameters may be cut out of one stored tensor, which is read once.
@@ -164,15 +178,15 @@ class Loader:
                     f"config.json asks for {list(meta.shape)}",
                     hint="weights and config.json belong to different models",
                 )
-            tensors[name] = tensor.to(device=self._device, dtype=meta.dtype)
+            tensors[name] = bring(tensor.to(meta.dtype))
         return tensors
 
-    def _changed(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def _changed(self, names: Sequence[str], bring: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Those of some parameters that an earlier stage has changed."""
         if self._overlay is None:
             return {}
         known = {name: alias for name in names for alias in self._names[name] if alias in self._overlay}
-        return {name: self._overlay.read(alias).to(self._device) for name, alias in known.items()}
+        return {name: bring(self._overlay.read(alias)) for name, alias in known.items()}
 
     def install(self, tensors: Mapping[str, Tensor]) -> None:
         """Put parameters into the model, under all names that share them."""

@@ -9,6 +9,7 @@ import platform
 import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def libraries(distributions: Sequence[str]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+@cache  # what is imported does not change while a process runs, and a program may make many results
 def _requirements(distribution: str) -> list[Requirement]:
     """What a distribution requires here; none of python itself."""
     try:
@@ -91,6 +93,7 @@ def _requirements(distribution: str) -> list[Requirement]:
     return [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
+@cache
 def _version(distribution: str) -> str:
     """Its version; empty when it is not installed."""
     try:

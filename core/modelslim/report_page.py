@@ -6,15 +6,19 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelslim import __version__
 from modelslim.disk import explained
 from modelslim.module_sizes import star
 from modelslim.plots import Panel, heat_map, panel
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 PAGE = "report.html"
 _WORST = 20
@@ -44,13 +48,19 @@ def write_page(report: Mapping[str, Any], folder: Path, name: str = PAGE) -> Pat
 
 def render(report: Mapping[str, Any]) -> str:
     """The page as HTML. What the report does not say is left out, of conversions and of older reports much."""
+    return template().render(_view(report))
+
+
+@cache
+def template() -> Template:
+    """The page without a report; compiled once in a process, since that takes longer than a small run."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.undefined = jinja2.StrictUndefined
     environment.filters |= {"size": size, "seconds": seconds, "number": number, "breakable": _breakable}
     text = files("modelslim").joinpath("report_page.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(text).render(_view(report))
+    return environment.from_string(text)
 
 
 def size(nbytes: float | None) -> str:

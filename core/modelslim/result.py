@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -67,6 +67,7 @@ class RunOutput:
         copies: Sequence[str],
         changed: Sequence[str] = (),
         report: Mapping[str, Any] | None = None,
+        arrived: Callable[[], None] = lambda: None,
     ) -> None:
         """Another rank writes the unit."""
 
@@ -107,7 +108,7 @@ class ResultWriter(RunOutput):
         except BaseException:
             self._shards.abandon()
             raise
-        self._pool = ThreadPoolExecutor(1, "writer", work_alone)
+        self._pool = ThreadPoolExecutor(1, "writer", work_alone, (plan.device,))
         self._pending: Future[None] | None = None
 
     def __enter__(self) -> ResultWriter:
@@ -141,6 +142,7 @@ class ResultWriter(RunOutput):
         copies: Sequence[str],
         changed: Sequence[str] = (),
         report: Mapping[str, Any] | None = None,
+        arrived: Callable[[], None] = lambda: None,
     ) -> None:
         """Write a unit's quantized linears and copy its other tensors; waits for the unit before.
 
@@ -152,12 +154,13 @@ class ResultWriter(RunOutput):
             copies: stored tensors that go into the result unchanged.
             changed: names of the parameters in ``edited``.
             report: the unit's record for the report, for the journal; not to be changed any more.
+            arrived: waits until the tensors of ``modules``, ``caches`` and ``edited`` are on the CPU.
 
         Raises:
             SaveError, ModelError: writing or reading failed, for this unit or the one before.
         """
         self.wait()
-        self._pending = self._pool.submit(self._write, unit, modules, caches, edited, copies, changed, report)
+        self._pending = self._pool.submit(self._write, unit, modules, caches, edited, copies, changed, report, arrived)
 
     def finish(self) -> list[TensorRecord]:
         """Write what remains: indices, descriptions, config.json, the files beside the weights.
@@ -199,7 +202,9 @@ class ResultWriter(RunOutput):
         copies: Sequence[str],
         changed: Sequence[str],
         report: Mapping[str, Any] | None,
+        arrived: Callable[[], None],
     ) -> None:
+        arrived()
         saver, dtype = self._plan.saver, self._plan.info.dtype
         first = len(self._written)
         for stored, linear in self._stored(modules):

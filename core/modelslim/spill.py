@@ -24,10 +24,14 @@ from torch import Tensor, nn
 
 from modelslim.checkpoint import byte_view
 from modelslim.costs import Layout
+from modelslim.devices import is_host
 from modelslim.disk import explained
 from modelslim.errors import SaveError
 from modelslim.memory import Trimmer
+from modelslim.transfers import Arrival, Departure, bring_back, departure
 
+BYTES = "bytes"
+"""The name under which a storage arrives."""
 _LEAST = 1 << 12  # smaller tensors weigh less than the work on them
 _ASLEEP = (0, 65521)  # a shape that goes together with no other, so that whoever touches a sleeping tensor is told
 
@@ -53,6 +57,8 @@ class Spill:
         self._entries: dict[Hashable, list[_Entry]] = {}
         self._sleeping: dict[int, _Entry] = {}
         self._last: Hashable = None
+        self._woken: Hashable = None
+        self._next: dict[Hashable, Hashable] = {}
         self._trimmer = Trimmer()
 
     def sleep(self, key: Hashable, value: Any) -> None:
@@ -85,19 +91,34 @@ class Spill:
                 self._entries[each] = [entry for entry in self._entries[each] if not self._is_kept(entry.identity)]
             for entry in self._entries[before]:
                 self._empty(entry)
+            self._store.catch_up()
             self._trimmer.look()
 
     def wake(self, key: Hashable) -> None:
-        """Give a sample its tensors back."""
+        """Give a sample its tensors back, and begin to bring back those of the sample that followed it last time."""
         for entry in self._entries.get(key, ()):
             if entry.tensors:
                 self._fill(entry)
+        if self._store.ahead:
+            self._expect_after(key)
 
     def close(self) -> None:
         """Forget all; what sleeps is lost."""
         self._entries.clear()
         self._sleeping.clear()
         self._store.close()
+
+    def _expect_after(self, key: Hashable) -> None:
+        """Samples pass every unit in one order, so fetch the one that followed this one last time."""
+        before, self._woken = self._woken, key
+        expected = self._next.get(before)
+        if expected != key:  # it is not waited for any more
+            for entry in self._entries.get(expected, ()):
+                entry.coming = None
+            self._next[before] = key
+        for entry in self._entries.get(self._next.get(key), ()):
+            if entry.tensors:
+                entry.coming = self._store.fetch(entry.place)
 
     def _is_kept(self, identity: int) -> bool:
         reference = self._kept.get(identity)
@@ -118,7 +139,6 @@ class Spill:
         storage = tensors[0].untyped_storage()
         if _users(storage) != len(tensors):
             return  # somebody else looks at this memory
-        entry.nbytes = storage.nbytes()
         entry.place = self._store.write(_bytes_of(storage))
         entry.tensors = [(one, int(one.storage_offset()), tuple(one.shape), one.stride()) for one in tensors]
         del storage
@@ -128,9 +148,9 @@ class Spill:
             self._sleeping[id(one)] = entry
 
     def _fill(self, entry: _Entry) -> None:
-        device = entry.tensors[0][0].device
-        data = torch.empty(entry.nbytes, dtype=torch.uint8, device=device)
-        self._store.read(entry.place, data)
+        arrival = self._store.fetch(entry.place) if entry.coming is None else entry.coming
+        entry.coming = None
+        data = arrival.take()[BYTES]
         self._store.free(entry.place)
         storage = data.untyped_storage()
         for tensor, offset, shape, stride in entry.tensors:
@@ -149,46 +169,74 @@ class _Entry:
         references: the tensors on it, which may die while the sample is awake.
         tensors: the same while they sleep, with offset, shape and stride.
         place: where its bytes are.
-        nbytes: how many they are.
+        coming: the same on their way back; None before they are fetched.
     """
 
     identity: int
     references: list[weakref.ref[Tensor]]
     tensors: list[tuple[Tensor, int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     place: Any = None
-    nbytes: int = 0
+    coming: Arrival | None = None
 
 
 class Store(Protocol):
-    """Where bytes wait."""
+    """Where bytes wait.
+
+    Attributes:
+        ahead: True where to fetch before it is needed saves time.
+    """
+
+    ahead: bool
 
     def write(self, data: Tensor) -> Any:
-        """Keep the bytes, uint8 [n] on any device; returns what finds them again."""
+        """Keep the bytes, uint8 [n] on the device; returns what finds them again. They may be freed at once."""
 
-    def read(self, place: Any, data: Tensor) -> None:
-        """Fill ``data`` with what was kept."""
+    def fetch(self, place: Any) -> Arrival:
+        """Begin to bring back what was kept, to new memory of the device; uint8 [n] under the name ``BYTES``."""
 
     def free(self, place: Any) -> None:
         """The bytes are not wanted any more."""
+
+    def catch_up(self) -> None:
+        """Called behind each sample that was written; may wait for those before."""
 
     def close(self) -> None:
         """Nothing is wanted any more."""
 
 
 class HostStore:
-    """Keeps bytes in the computer's memory, pinned where they come from an accelerator, so that copies need no wait."""
+    """Keeps bytes in the computer's memory, pinned where they come from an accelerator, so that copies need no wait.
 
-    def write(self, data: Tensor) -> Tensor:
+    Args:
+        device: the torch device from which they come.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self.ahead = not is_host(device)
+        self._leaving = self._before = Departure()
+
+    def write(self, data: Tensor) -> tuple[Tensor, Departure]:
         """See :class:`Store`."""
-        kept = torch.empty(data.shape, dtype=data.dtype, pin_memory=not data.is_cpu)
-        return kept.copy_(data, non_blocking=True)
+        with departure(self._device) as leaving:
+            kept = leaving.bring(data)
+        self._leaving = leaving
+        return data.clone() if kept is data else kept, leaving
 
-    def read(self, place: Tensor, data: Tensor) -> None:
+    def fetch(self, place: tuple[Tensor, Departure]) -> Arrival:
         """See :class:`Store`."""
-        data.copy_(place, non_blocking=True)
+        return bring_back(BYTES, *place, self._device)
 
-    def free(self, place: Tensor) -> None:
+    def free(self, place: tuple[Tensor, Departure]) -> None:
         """Its memory goes with the last reference, behind the copies that are under way."""
+
+    def catch_up(self) -> None:
+        """Wait for the sample before the last one, lest samples leave more slowly than they are computed.
+
+        The device has the last one to compute meanwhile.
+        """
+        self._before.wait()
+        self._before = self._leaving
 
     def close(self) -> None:
         """Nothing is held here."""
@@ -199,9 +247,13 @@ class FileStore:
 
     Args:
         folder: on the disk that is to hold them.
+        device: the torch device from which they come.
     """
 
-    def __init__(self, folder: Path) -> None:
+    ahead = False
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self._device = device
         self._folder = folder
         with explained(folder):
             self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  (until close)
@@ -221,10 +273,10 @@ class FileStore:
                 done += os.pwrite(self._file.fileno(), view[done:], start + done)
         return start, size
 
-    def read(self, place: tuple[int, int], data: Tensor) -> None:
+    def fetch(self, place: tuple[int, int]) -> Arrival:
         """See :class:`Store`."""
         start, size = place
-        host = data if data.is_cpu else torch.empty(size, dtype=torch.uint8)
+        host = torch.empty(size, dtype=torch.uint8)
         view, done = byte_view(host), 0
         with explained(self._folder):
             while done < size:
@@ -232,20 +284,22 @@ class FileStore:
                 if not count:
                     raise SaveError(f"{self._folder}: activations that were put there are gone")
                 done += count
-        if host is not data:
-            data.copy_(host)
+        return Arrival({BYTES: host.to(self._device)})
 
     def free(self, place: tuple[int, int]) -> None:
         """See :class:`Store`."""
         start, size = place
         self._free[size].append(start)
 
+    def catch_up(self) -> None:
+        """What was written is in the file."""
+
     def close(self) -> None:
         """See :class:`Store`."""
         self._file.close()
 
 
-def make_spill(layout: Layout, folder: Path, model: nn.Module, inputs: Any) -> Spill | None:
+def make_spill(layout: Layout, folder: Path, model: nn.Module, inputs: Any, device: str) -> Spill | None:
     """What takes the memory of waiting samples, as the plan has laid it out; None when they keep it.
 
     Args:
@@ -253,11 +307,12 @@ def make_spill(layout: Layout, folder: Path, model: nn.Module, inputs: Any) -> S
         folder: on the disk that has room for a file.
         model: see :class:`Spill`.
         inputs: see there.
+        device: the torch device of the activations.
     """
     if layout.activations == "file":
-        return Spill(FileStore(folder), model, inputs)
+        return Spill(FileStore(folder, device), model, inputs)
     if layout.activations == "host" and layout.separate:
-        return Spill(HostStore(), model, inputs)
+        return Spill(HostStore(device), model, inputs)
     return None
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from modelslim.devices import bfloat16_products
 
 _BLOCK = 1 << 17  # values
+_COLUMNS = 512  # of a product at once
 
 
 class Statistic(ABC):
@@ -235,8 +236,9 @@ class ChannelEnergy(Statistic):
 class Gram(Statistic):
     """``X^T X`` of all tokens, which second-order rounding wants.
 
+    Only what lies on and above the diagonal is summed; the rest is its mirror image.
+
     Attributes:
-        matrix: float32 [channels, channels], the sum over tokens; None before the first one.
         total: float32 [channels], the sum of the tokens.
         tokens: how many tokens were seen.
     """
@@ -244,9 +246,20 @@ class Gram(Statistic):
     heavy = True
 
     def __init__(self) -> None:
-        self.matrix: Tensor | None = None
+        self._sums: Tensor | None = None
+        self._is_mirrored = False
         self.total: Tensor | None = None
         self.tokens = 0
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """float32 [channels, channels], symmetric, the sum over tokens; None before the first one."""
+        if self._sums is not None and not self._is_mirrored:
+            for columns in range(0, len(self._sums), _COLUMNS):
+                beyond = columns + _COLUMNS
+                self._sums[beyond:, columns:beyond] = self._sums[columns:beyond, beyond:].t()
+            self._is_mirrored = True
+        return self._sums
 
     def update(self, x: Tensor) -> None:
         """Add a batch."""
@@ -254,36 +267,39 @@ class Gram(Statistic):
             return
         with bfloat16_products(x):
             x = x.to(torch.float32)
-            if self.matrix is None or self.total is None:
-                self.matrix, self.total = x.t() @ x, x.sum(0)
-            else:
-                self.matrix.addmm_(x.t(), x)
-                self.total += x.sum(0)
+            if self._sums is None or self.total is None:
+                self._sums, self.total = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1])
+            for columns in range(0, x.shape[1], _COLUMNS):
+                some = x[:, columns : columns + _COLUMNS]
+                self._sums[columns : columns + _COLUMNS, columns:].addmm_(some.t(), x[:, columns:])
+            self.total += x.sum(0)
+        self._is_mirrored = False
         self.tokens += len(x)
 
     def merge(self, other: Statistic) -> None:
         """Add what another instance saw."""
         assert isinstance(other, Gram)
-        if other.matrix is None or other.total is None:
+        if other._sums is None or other.total is None:
             return
-        if self.matrix is None or self.total is None:
-            self.matrix, self.total = other.matrix.clone(), other.total.clone()
+        if self._sums is None or self.total is None:
+            self._sums, self.total = other._sums.clone(), other.total.clone()
         else:
-            self.matrix += other.matrix
+            self._sums += other._sums
             self.total += other.total
+        self._is_mirrored = False
         self.tokens += other.tokens
 
     def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> Gram:
         """The matrix after the rescaling; exact."""
         result = Gram()
         result.tokens = self.tokens
-        if self.matrix is not None and self.total is not None:
-            matrix, total = self.matrix, self.total
+        matrix, total = self.matrix, self.total
+        if matrix is not None and total is not None:
             if shift is not None:
                 outer = torch.outer(total, shift)
                 matrix = matrix - outer - outer.t() + self.tokens * torch.outer(shift, shift)
                 total = total - self.tokens * shift
-            result.matrix = matrix / torch.outer(scale, scale)
+            result._sums = matrix / torch.outer(scale, scale)
             result.total = total / scale
         return result
 
@@ -357,7 +373,7 @@ class RowSample(Statistic):
 def _blocks(x: Tensor) -> Iterator[Tensor]:
     """Rows in float32 at least; on a CPU as many at once as stay in its cache."""
     rows = max(1, _BLOCK // x.shape[1]) if x.is_cpu else len(x)
-    return (part if part.dtype.itemsize >= 4 else part.to(torch.float32) for part in x.split(rows))
+    return (part if part.dtype.itemsize >= 4 else part.to(torch.float32) for part in torch.split(x, rows))
 
 
 def _rescale(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:

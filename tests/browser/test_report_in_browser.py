@@ -16,7 +16,7 @@ import pytest
 from modelslim.report_page import write_page
 from modelslim.run import quantize
 
-api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; `tox -e browser` has it")
+api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; `tox -e tests` has it")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]

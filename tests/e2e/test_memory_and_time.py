@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from hashlib import sha256
 from importlib.resources import files
@@ -70,11 +69,11 @@ def cost_of(tmp_path: Path) -> Callable[..., Cost]:
 def test_help_answers_at_once(program: Program) -> None:
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = os.times()
         assert program("--help").returncode == 0
-        seconds.append(time.perf_counter() - start)
-    print(f"--help: {median(seconds):.3f} s (promised: 0.3 s)")
-    assert median(seconds) < 1.0
+        seconds.append(sum(os.times()[2:4]) - sum(start[2:4]))
+    print(f"--help: {median(seconds):.3f} CPU s (promised: 0.3 s)")
+    assert median(seconds) < 0.5
 
 
 def write_hollow_model(path: Path, layers: int) -> int:

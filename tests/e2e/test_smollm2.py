@@ -67,26 +67,26 @@ def evaluate(run: Program, result: Path, smollm2: Path, tokens: int) -> dict[str
     return value
 
 
-def test_a_practice_reaches_what_its_notes_say(program: Program, smollm2: Path, tmp_path: Path) -> None:
+def test_a_practice_reaches_what_its_notes_say(program: Program, here: Program, smollm2: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ("--model_type", "SmolLM2-135M-Instruct", "--quant_type", "w8a16", "--device", "cpu", "--json")
     done = program("quant", "--model_path", smollm2, "--save_path", out, *words)
     assert done.returncode == 0, done.stderr
     practice = json.loads(done.stdout)["practice"]
     assert (practice["config_id"], practice["priority"]) == ("default_w8a16", 1)
-    shown = json.loads(program("practices", "show", "default_w8a16", "--json").stdout)
+    shown = json.loads(here("practices", "show", "default_w8a16", "--json").stdout)
     claimed = re.search(r"KL (\d\.\d+) to the float SmolLM2-135M-Instruct over 4096 tokens", shown["notes"])
     assert claimed is not None
-    assert evaluate(program, out, smollm2, 4096)["kl"] == pytest.approx(float(claimed[1]), rel=0.1)
+    assert evaluate(here, out, smollm2, 4096)["kl"] == pytest.approx(float(claimed[1]), rel=0.1)
 
 
 @pytest.mark.parametrize(
     ("scheme", "low", "high"), [("W8A8_DYNAMIC", 0.005, 0.033), ("W8A16", 1e-5, 0.003), ("W8A8", 0.02, 0.12)]
 )
 def test_the_result_is_as_close_to_the_float_model_as_promised(
-    scheme: str, low: float, high: float, program: Program, quantized_smollm2: Quantized, smollm2: Path
+    scheme: str, low: float, high: float, here: Program, quantized_smollm2: Quantized, smollm2: Path
 ) -> None:
-    value = evaluate(program, quantized_smollm2(scheme), smollm2, 2048)
+    value = evaluate(here, quantized_smollm2(scheme), smollm2, 2048)
     print(scheme, value)
     assert value["tokens"] == 2048
     assert low < value["kl"] <= high

@@ -257,10 +257,10 @@ def test_characters_that_yaml_forbids_are_located(character: str, tmp_path: Path
 
 def timed_refusal(text: str, seconds: float = 10.0) -> str:
     """What is said about a text, which must not take long to find."""
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ProtocolError) as caught:
         parse_document(text)
-    assert time.perf_counter() - start < seconds
+    assert time.process_time() - start < seconds
     return str(caught.value.diagnostics[0])
 
 
@@ -268,9 +268,9 @@ def test_a_file_of_10_mb_is_refused_at_once(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("key: [1, 2, 3]\n" * 700_000, encoding="utf-8")
     assert path.stat().st_size > 10_000_000
-    start = time.perf_counter()
+    start = time.process_time()
     assert refusal(path) == "a.yaml: the file is larger than 1 MiB (is it a protocol?)"
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_file_of_exactly_the_limit_is_read(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,9 +160,11 @@ def test_a_token_meets_only_some_experts(tiny_moe: Path, calibration_file: Path,
 
 
 def test_the_fastest_layout_that_fits_is_taken(
-    tiny_llama: Path, calibration_file: Path, protocol: Protocol, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, protocol: Protocol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = protocol(text_of(STEPS["static"], calibration_file))
+    data = tmp_path / "data.jsonl"  # many samples, each of another length: four of them are on the device at most
+    data.write_text("".join(json.dumps({"text": "a river " * count}) + "\n" for count in range(10, 34)))
+    config = protocol(text_of(STEPS["static"], data))
     monkeypatch.setattr(plan_costs, "is_host", lambda device: False)
     free: dict[str, Any] = {"bytes": 1 << 40}
     monkeypatch.setattr(plan_costs, "free_memory", lambda device: free["bytes"])

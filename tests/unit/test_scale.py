@@ -69,4 +69,4 @@ def test_an_accelerator_holds_the_weights_and_the_host_what_is_written() -> None
     found = {phase.name: phase for phase in phases(job(), MACHINE, Layout("host", separate=True))}["units"]
     assert found.host["activations"] == 8_000 * (2 * 64 + 1024)
     assert "unit 0" in found.device and "unit 0" not in found.host
-    assert found.device["activations"] == 2 * 1_000 * (2 * 64 + 1024)
+    assert found.device["activations"] == 4 * 1_000 * (2 * 64 + 1024)

@@ -25,7 +25,7 @@ def without_gradients() -> Iterator[None]:
 
 @pytest.fixture(params=["host", "file"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    made: Store = HostStore() if request.param == "host" else FileStore(tmp_path)
+    made: Store = HostStore("cpu") if request.param == "host" else FileStore(tmp_path, "cpu")
     yield made
     made.close()
 
@@ -136,7 +136,7 @@ def test_using_a_sleeping_tensor_is_an_error(store: Store) -> None:
 
 
 def test_the_file_has_no_name_and_grows_no_more_than_what_sleeps_at_once(tmp_path: Path) -> None:
-    store = FileStore(tmp_path)
+    store = FileStore(tmp_path, "cpu")
     spill = spill_of(store)
     samples = some(4)
     for _ in range(3):
@@ -149,7 +149,7 @@ def test_the_file_has_no_name_and_grows_no_more_than_what_sleeps_at_once(tmp_pat
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = FileStore(tmp_path)
+    store = FileStore(tmp_path, "cpu")
     spill = spill_of(store)
     one, two = some(2)
 

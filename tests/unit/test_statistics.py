@@ -191,6 +191,17 @@ def test_gram_matrix_of_long_batches_is_summed_in_float32(dtype: torch.dtype) ->
     assert (other @ other - other.double() @ other.double()).abs().max() < 1e-4  # as before
 
 
+def test_gram_matrix_of_many_channels_is_symmetric_and_whole(how: str) -> None:
+    """It is summed in pieces, and only on one side of the diagonal."""
+    parts = [torch.randn(20, 1100, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    found, x = measure(Gram, parts, how), torch.cat(parts).double()
+    matrix = present(found.matrix)
+    assert torch.equal(matrix, matrix.t())
+    close(matrix, x.t() @ x)
+    found.update(parts[0])
+    close(present(found.matrix), x.t() @ x + parts[0].double().t() @ parts[0].double())
+
+
 def close(actual: Tensor, expected: Tensor) -> None:
     """Equal to float32, measured by the largest number: sums of other signs cancel."""
     assert actual.shape == expected.shape

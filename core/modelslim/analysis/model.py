@@ -122,14 +122,14 @@ class FloatModel:
     def each_unit(self) -> Iterator[str]:
         """Each unit in the order of the forward, resident while the loop is at it; the next one is being read."""
         units = list(self.info.units)
-        with ThreadPoolExecutor(1, "reader", work_alone) as reader:
-            ahead = reader.submit(self._loader.read, self._loader.names(units[0]))
+        with ThreadPoolExecutor(1, "reader", work_alone, (self.device,)) as reader:
+            ahead = reader.submit(self._loader.read_ahead, self._loader.names(units[0]))
             for index, unit in enumerate(units):
                 begin = time.perf_counter()
                 self.session.unit_started(unit, index, len(units))
-                self._loader.install(ahead.result())
+                self._loader.install(ahead.result().take())
                 if index + 1 < len(units):
-                    ahead = reader.submit(self._loader.read, self._loader.names(units[index + 1]))
+                    ahead = reader.submit(self._loader.read_ahead, self._loader.names(units[index + 1]))
                 yield unit
                 synchronize(self.device)
                 self._loader.release(self._loader.names(unit))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modelslim.activations import Boundary
 from modelslim.batches import batched
@@ -19,13 +19,11 @@ from modelslim.debug_info import write_unit
 from modelslim.devices import peak_device_memory, synchronize, work_alone
 from modelslim.edits import edited_parameters, stored_edits
 from modelslim.inputs import model_inputs
-from modelslim.kv_cache import QuantizedCache
 from modelslim.loader import Loader
 from modelslim.memory import Trimmer
 from modelslim.overlay import Left, StageWriter
 from modelslim.plan import Plan
 from modelslim.ports import PortCollector
-from modelslim.quantized import QuantizedLinear
 from modelslim.ranks import ALONE, Ranks, merge_order
 from modelslim.report import peak_memory
 from modelslim.result import RunOutput
@@ -36,6 +34,7 @@ from modelslim.runners.work import Outcome, UnitWork
 from modelslim.sampling import tokens_of
 from modelslim.spill import make_spill
 from modelslim.statistics import UnitStatistics
+from modelslim.transfers import Arrival, departure
 
 OUTSIDE = ""
 """Stands for a unit: the linears outside all units, worked on after the last one."""
@@ -98,7 +97,8 @@ class Engine:
             what fell back, tokens, those of each fused expert, and experts whose statistics are those of others.
         """
         outside = self._work(OUTSIDE).collector()
-        with torch.no_grad(), ThreadPoolExecutor(1, "reader", work_alone) as reader, outside, ExitStack() as stack:
+        pool = ThreadPoolExecutor(1, "reader", work_alone, (self._plan.device,))
+        with torch.no_grad(), pool as reader, outside, ExitStack() as stack:
             # The embeddings come and go before the first unit comes, so that they do not add up.
             if self._done <= self._last_pass:
                 stack.enter_context(self._applied(OUTSIDE, self._left(OUTSIDE)))
@@ -115,7 +115,7 @@ class Engine:
                 assert ahead is not None
                 clock = _Clock(self._plan.device)
                 self._plan.session.unit_started(unit, self._held.started + index, self._held.total)
-                self._loader.install(ahead.result())
+                self._loader.install(ahead.result().take())
                 following = index + 1 if index + 1 < len(self._units) else None
                 ahead = reader.submit(self._read, following) if following and self._plan.costs.layout.ahead else None
                 left = self._left(unit)
@@ -139,9 +139,9 @@ class Engine:
                 self._writer.put(OUTSIDE, {}, {}, {}, copies)
         return self._records
 
-    def _read(self, index: int) -> dict[str, Tensor]:
+    def _read(self, index: int) -> Arrival:
         """What a unit holds, unless it is there already."""
-        return {} if self._whole else self._loader.read(self._names(index))
+        return Arrival({}) if self._whole else self._loader.read_ahead(self._names(index))
 
     def _start(self, outside: PortCollector, stack: ExitStack) -> Stream:
         """Let every sample run to its first unit; twice when float outputs are wanted behind quantized units."""
@@ -157,7 +157,7 @@ class Engine:
         place = {number: index for index, number in enumerate(numbers)}
         own = [inputs[number] for number in numbers]
         places = [[place[number] for number in group] for group in rounds]
-        spill = make_spill(plan.costs.layout, self._writer.path, self._model, inputs)
+        spill = make_spill(plan.costs.layout, self._writer.path, self._model, inputs, plan.device)
         if spill is not None:
             stack.enter_context(closing(spill))
 
@@ -264,19 +264,21 @@ class Engine:
         record: Mapping[str, Any],
     ) -> None:
         quantized, places = {**left.modules, **outcome.modules}, {**left.caches, **outcome.caches}
-        modules: dict[str, QuantizedLinear] = {name: module.to("cpu") for name, module in quantized.items()}
-        caches: dict[str, QuantizedCache] = {name: one.to("cpu") for name, one in places.items()}
-        held = {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
+        held = {f"{name}.{part}" for name in quantized for part in ("weight", "bias")}
         changed = (left.edited | outcome.edited) - held
-        edited = dict(stored_edits(self._plan, self._model, changed))
+        with departure(self._plan.device) as leaving:
+            modules = {name: leaving.bring_module(module) for name, module in quantized.items()}
+            caches = {name: leaving.bring_module(one) for name, one in places.items()}
+            edited = dict(stored_edits(self._plan, self._model, changed, leaving.bring))
         gone = self._replaced(modules, changed)
         copies = [key for key in stored if key not in gone]
         self._written.update(stored, gone)
         self._writer.wait()
         clock.lap("write")
         if self._writer.debug:
+            leaving.wait()
             write_unit(self._writer.path, index, modules, caches, outcome.observed, record)
-        self._writer.put(unit, modules, caches, edited, copies, sorted(changed), record)
+        self._writer.put(unit, modules, caches, edited, copies, sorted(changed), record, leaving.wait)
 
     def _replaced(self, modules: Iterable[str], edited: Iterable[str]) -> set[str]:
         """Stored tensors in whose place others were written."""
