@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from modelslim.errors import ModelError
 from modelslim.session import Session
 from modelslim.spill import Spill
+from modelslim.suspended import compute
 from modelslim.types import ProcessRequest
 
 
@@ -93,7 +94,7 @@ class Boundary:
                 continue
             self._wake(index)
             while request is not None and request.name == unit:
-                output = self._held.pop(index) if index in self._held else _compute(request)
+                output = self._held.pop(index) if index in self._held else compute(request)
                 tokens += _tokens(request)
                 self._requests[index] = request = None
                 if resume:
@@ -143,7 +144,7 @@ class Boundary:
         tokens = 0
         for index, request in waiting.items():
             self._wake(index)
-            output = _compute(request)
+            output = compute(request)
             tokens += _tokens(request)
             if hold:
                 self._held[index] = output
@@ -171,7 +172,7 @@ class Boundary:
         self._wake(index)
         try:
             while True:
-                request = self._arrive(self._forwards[index].send(_compute(request)), unit)
+                request = self._arrive(self._forwards[index].send(compute(request)), unit)
         except StopIteration as end:
             return end.value
 
@@ -216,11 +217,6 @@ class Boundary:
             forward.close()
         self._requests.clear()
         self._held.clear()
-
-
-def _compute(request: ProcessRequest) -> Any:
-    # .forward, not the call: hooks on the unit have run already, in the suspended forward.
-    return request.module.forward(*request.args, **request.kwargs)
 
 
 def _tokens(request: ProcessRequest) -> int:

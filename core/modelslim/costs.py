@@ -21,6 +21,15 @@ FIXED_BYTES = 96 << 20
 """Buffers of libraries and of the allocator, code that is imported late, threads."""
 CHUNK_BYTES = 64 << 20
 """What is copied, judged or verified goes in pieces of at most so many bytes."""
+KL_TOKENS, KL_POSITIONS = 32, 8
+"""Of each text whose KL per layer is measured so many tokens are followed, and so many compared."""
+KL_LOGITS = 1 << 22
+"""Logits in memory at once, where one unit's are not more."""
+
+
+def kl_texts(tokens: int) -> int:
+    """For how many texts KL per layer is measured: what it costs stays in proportion to the calibration tokens."""
+    return min(max(tokens // 8192, 2), 8)
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,8 @@ class Job:
         streams: 2 when each sample also passes the float model.
         holds_outputs: True when the outputs of a unit wait, too.
         replays: True when an algorithm wants all calls of a unit in memory.
+        head_bytes: of what lies behind the last unit and reads KL per layer; 0 where it is not read.
+        vocabulary: of the head.
     """
 
     units: Sequence[UnitFacts]
@@ -93,6 +104,8 @@ class Job:
     streams: int = 1
     holds_outputs: bool = False
     replays: bool = False
+    head_bytes: int = 0
+    vocabulary: int = 0
 
     @property
     def activation_bytes(self) -> int:
@@ -189,6 +202,8 @@ def phases(job: Job, machine: Machine, layout: Layout) -> list[Phase]:
     if job.samples:
         found.append(_embed(job, machine, layout))
     found.append(_units(job, machine, layout))
+    if job.head_bytes:
+        found.append(_kl(job, machine, layout))
     if job.outside is not None:
         found.append(_outside(job, machine, layout))
     found.append(_copy(job, machine, layout))
@@ -232,6 +247,25 @@ def _units(job: Job, machine: Machine, layout: Layout) -> Phase:
         written=sum(unit.count * unit.result_bytes for unit in job.units),
         exchanged=sum(unit.count * _exchanged(unit, layout) for unit in job.units),
     )
+
+
+def _kl(job: Job, machine: Machine, layout: Layout) -> Phase:
+    """The head reads float and quantized states behind every unit; the last unit has been released."""
+    rows = 2 * kl_texts(job.tokens) * KL_POSITIONS
+    count = sum(unit.count for unit in job.units)
+    memory = {
+        "head": job.head_bytes,
+        "logits": 4 * max(KL_LOGITS, rows * job.vocabulary),
+        "states": count * rows * job.hidden_bytes,
+        "codes": job.units[-1].values,
+        # Of the last unit: what it held is not given back at once.
+        "forward": job.longest * job.units[-1].width * job.item_bytes * 2,
+        "fixed": FIXED_BYTES,
+    }
+    macs = count * rows * job.head_bytes // job.item_bytes
+    macs += 2 * kl_texts(job.tokens) * KL_TOKENS * sum(unit.count * unit.macs for unit in job.units)
+    seconds = job.head_bytes / machine.read + macs / machine.macs
+    return _phase("KL per layer", seconds, memory, _waiting(job, layout), layout, read=job.head_bytes)
 
 
 def unit_seconds(job: Job, unit: UnitFacts, machine: Machine, layout: Layout) -> dict[str, float]:

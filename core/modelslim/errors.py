@@ -123,3 +123,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
         return f"did you mean {close!r}?"
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return f"known: {shown}"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, whoever raised it."""
+    text = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+    return str(text).strip().partition("\n")[0]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modelslim.checkpoint import Checkpoint
 from modelslim.devices import resolve_device
+from modelslim.divergence import kl_sum
 from modelslim.errors import CapabilityError, DatasetError, ModelError
 from modelslim.registry import Registry
 from modelslim.saved import RunOptions, SavedModel, saved_caches, saved_linears
@@ -122,7 +123,7 @@ def _compare(reference: SavedModel, quantized: SavedModel, windows: Sequence[Map
             for start in range(0, p.shape[0], _ROWS):
                 rows = slice(start, start + _ROWS)
                 log_p, log_q = p[rows].float().log_softmax(-1), q[rows].float().log_softmax(-1)
-                sums[0] += (log_p.exp() * (log_p - log_q)).sum().double()
+                sums[0] += kl_sum(log_p, log_q)
                 sums[3] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
                 following = target[rows].unsqueeze(-1)
                 for column, log in ((1, log_p), (2, log_q)):

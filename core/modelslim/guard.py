@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from modelslim.adapters import GENERIC, open_session
 from modelslim.checkpoint import Checkpoint
 from modelslim.devices import one_thread
-from modelslim.errors import CapabilityError, ModelError
+from modelslim.errors import CapabilityError, ModelError, first_line
 from modelslim.open_model import OpenModel, call_model, tensors_in
 from modelslim.recording import Recording, first_difference, same_tensors
 from modelslim.registry import Registry
@@ -118,7 +118,7 @@ class Guard:
                 tiny = stack.enter_context(Checkpoint(path))
                 expected = _Whole(self._open(tiny), inputs)
             except Exception as error:  # whatever a model's code raises; the run itself is not touched
-                return [f"the forward of the adapter {self._name!r} is not proven: {_line(error)}; {PROOF}"]
+                return [f"the forward of the adapter {self._name!r} is not proven: {first_line(error)}; {PROOF}"]
             return self._compare(self._open(tiny), inputs, expected, own is not None)
 
     def _open(self, tiny: Checkpoint) -> OpenModel:
@@ -135,13 +135,13 @@ class Guard:
         is_disorder = isinstance(failure, ModelError)
         if failure is not None and not is_own and not recording.entered and not is_disorder:
             # Not the adapter's own inputs: they may lack what its handle_dataset would give.
-            return [f"the forward of the adapter {self._name!r} is not proven: {_line(failure)}; {PROOF}"]
+            return [f"the forward of the adapter {self._name!r} is not proven: {first_line(failure)}; {PROOF}"]
         difference = None
         if recording.entered and not is_disorder:
             difference = first_difference(recording, expected.recording, failure is None)
         if difference is None and failure is not None:
             place = f"{'in' if recording.is_inside else 'behind'} {recording.entered}"
-            difference = f"it fails {place if recording.entered else 'before the first unit'}: {_line(failure)}"
+            difference = f"it fails {place if recording.entered else 'before the first unit'}: {first_line(failure)}"
         if difference is None:
             difference = _difference_of_ends(outputs, expected.outputs)
         if difference is not None:
@@ -175,9 +175,3 @@ def _difference_of_ends(actual: Sequence[Any], expected: Sequence[Sequence[Tenso
         if output is not None and (what := same_tensors(tensors, wanted)):
             return f"all units agree and what the forward returns does not: {what}"
     return None
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error's text."""
-    text = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
-    return str(text).strip().partition("\n")[0]

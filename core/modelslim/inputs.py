@@ -38,7 +38,7 @@ def model_inputs(session: Session, samples: Sequence[Any], device: str, length: 
             hint="handle_dataset returns one input per sample",
         )
     return [
-        _cut(_unpadded(one, number), None if holds_media(sample) else length, number)
+        cut_input(_unpadded(one, number), None if holds_media(sample) else length, number)
         for number, (sample, one) in enumerate(zip(samples, inputs, strict=True), start=1)
     ]
 
@@ -79,8 +79,17 @@ def _mask(inputs: Any) -> Tensor | None:
     return mask != 0
 
 
-def _cut(inputs: Any, length: int | None, number: int) -> Any:
-    """The input with its first tokens only."""
+def cut_input(inputs: Any, length: int | None, number: int) -> Any:
+    """The input with its first tokens only.
+
+    Args:
+        inputs: one model input.
+        length: how many tokens; None for all.
+        number: of the sample, for the error.
+
+    Raises:
+        CapabilityError: it is in a form that is not known.
+    """
     if length is None:
         return inputs
     ids = inputs.get(IDS) if isinstance(inputs, Mapping) else inputs[0] if isinstance(inputs, list | tuple) else None

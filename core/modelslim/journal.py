@@ -19,7 +19,7 @@ from modelslim.saver import TensorRecord
 from modelslim.types import QuantSpec, TensorSpec
 
 JOURNAL = "journal.jsonl"
-VERSION = 3
+VERSION = 4
 """Of its form."""
 FAULTY = {"faulty": True}
 """A line that says: do not go on from here, the result is wrong."""

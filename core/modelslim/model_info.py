@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import nn
@@ -144,6 +145,19 @@ def other_matrices(
     stored = {name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) > 1}
     owners = {name for name in stored if f"{name}.weight" in shapes}
     return frozenset(owners - embeddings - {linear.stored for linear in info.linears.values()})
+
+
+def vocabularies(model: nn.Module, config: Mapping[str, Any]) -> frozenset[int]:
+    """Sizes that a vocabulary of the model has, by config.json, or where that says none, by its largest embedding."""
+
+    def stated(value: Any) -> Iterator[int]:
+        if isinstance(value, Mapping):
+            yield from (one for key, one in value.items() if key == "vocab_size" and isinstance(one, int))
+            for part in value.values():
+                yield from stated(part)
+
+    tables = [len(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)]
+    return frozenset(stated(config)) or frozenset([max(tables, default=0)])
 
 
 def _numbers_of_experts(modules: Mapping[str, nn.Module]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modelslim.activations import Boundary
 from modelslim.checkpoint import Checkpoint
+from modelslim.errors import ModelError
 from modelslim.loader import Loader
 from modelslim.session import Session
 from modelslim.types import ProcessRequest
@@ -85,3 +86,15 @@ def tensors_in(value: Any) -> list[Tensor]:
     elif not isinstance(value, (list, tuple)):
         return []
     return [tensor for item in value for tensor in tensors_in(item)]
+
+
+def main_tensor(output: Any, place: str) -> Tensor:
+    """The activations in what a module returned: its first floating tensor.
+
+    Raises:
+        ModelError: there is none.
+    """
+    found = next((one for one in tensors_in(output) if one.is_floating_point()), None)
+    if found is None:
+        raise ModelError(f"{place} returns no activations", hint="its error cannot be measured; leave it out")
+    return found

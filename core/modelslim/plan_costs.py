@@ -166,6 +166,8 @@ def job_of(plan: Plan) -> Job:
         streams=2 if plan.propagates_quantized and plan.replays else 1,
         holds_outputs=plan.replays,
         replays=plan.replays,
+        head_bytes=sizes.head * dtype.itemsize if plan.samples and plan.stage is None else 0,
+        vocabulary=max((one.out_features for one in plan.info.by_unit[""]), default=0),
     )
 
 
@@ -192,6 +194,11 @@ class _Sizes:
             for name, parameter in self._plan.model.named_parameters()
             if not name.startswith(inside) and f"{name.rpartition('.')[0]}." not in linears
         )
+
+    @property
+    def head(self) -> int:
+        """Values of the linears outside the units, of which a head is the largest."""
+        return sum(one.out_features * one.in_features for one in self._plan.info.by_unit[""])
 
     def unit(self, name: str, passed: bool) -> UnitFacts:
         """One unit, or the quantized linears outside all units."""

@@ -128,8 +128,18 @@ def make_report(
             for number, (stage, done) in enumerate(zip(plan.prior, prior, strict=True))
         ],
         "provenance": provenance(plan, list(versions(plan)), command),
-        "units": list(units),
+        "kl": kl_record(plan, units),
+        "units": [{key: value for key, value in unit.items() if key != "kl"} for unit in units],
     }
+
+
+def kl_record(plan: Plan, units: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """KL per layer, which the last unit that samples pass has in its record, or why there is none."""
+    found = next((unit["kl"] for unit in units if "kl" in unit), None)
+    if found is not None:
+        return dict(found)
+    note = "the runner has not measured it" if plan.samples else "nothing was calibrated, so no text passed the model"
+    return {"texts": 0, "tokens": 0, "positions": 0, "units": {}, "notes": [note]}
 
 
 def memory_record(plan: Plan, meter: Meter) -> dict[str, Any]:

@@ -119,6 +119,8 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
         "median_error": median(one[2]["relative_error"] for one in qualities) if qualities else None,
         "error": _error_plot(units, names),
         "error_by_kind": _error_by_kind(units, names),
+        "kl": {"texts": 0, "tokens": 0, "positions": 0, "notes": (), **(report.get("kl") or {})},
+        "kl_plot": _kl_plot(report, units, names),
         "activations": _activations(units, names),
         "smoothed": any("after" in port for unit in units for port in unit.get("activations", ())),
         "experts": _experts(units),
@@ -171,6 +173,11 @@ def _error_plot(units: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Pan
     worst = [max(found) if found else None for found in errors]
     middle = [median(found) if found else None for found in errors]
     return panel("", names, [("worst linear", worst), ("median", middle)], height=260)
+
+
+def _kl_plot(report: Mapping[str, Any], units: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Panel | None:
+    found = (report.get("kl") or {}).get("units", {})
+    return panel("", names, [("KL so far", [found.get(unit["unit"]) for unit in units])], unit=" nats", height=260)
 
 
 def _error_by_kind(units: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Panel]:

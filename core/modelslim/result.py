@@ -67,12 +67,17 @@ class RunOutput:
         copies: Sequence[str],
         changed: Sequence[str] = (),
         report: Mapping[str, Any] | None = None,
+        kept: bytes = b"",
         arrived: Callable[[], None] = lambda: None,
     ) -> None:
         """Another rank writes the unit."""
 
     def wait(self) -> None:
         """Nothing is being written here."""
+
+    def beside(self, number: int) -> Path:
+        """The file in which what was ``kept`` for a unit lies until the run is done."""
+        return self.path / STATE / f"{number}.kept"
 
 
 class ResultWriter(RunOutput):
@@ -142,6 +147,7 @@ class ResultWriter(RunOutput):
         copies: Sequence[str],
         changed: Sequence[str] = (),
         report: Mapping[str, Any] | None = None,
+        kept: bytes = b"",
         arrived: Callable[[], None] = lambda: None,
     ) -> None:
         """Write a unit's quantized linears and copy its other tensors; waits for the unit before.
@@ -154,13 +160,16 @@ class ResultWriter(RunOutput):
             copies: stored tensors that go into the result unchanged.
             changed: names of the parameters in ``edited``.
             report: the unit's record for the report, for the journal; not to be changed any more.
+            kept: what a run that is continued behind the unit wants to find in ``beside``.
             arrived: waits until the tensors of ``modules``, ``caches`` and ``edited`` are on the CPU.
 
         Raises:
             SaveError, ModelError: writing or reading failed, for this unit or the one before.
         """
         self.wait()
-        self._pending = self._pool.submit(self._write, unit, modules, caches, edited, copies, changed, report, arrived)
+        self._pending = self._pool.submit(
+            self._write, unit, modules, caches, edited, copies, changed, report, kept, arrived
+        )
 
     def finish(self) -> list[TensorRecord]:
         """Write what remains: indices, descriptions, config.json, the files beside the weights.
@@ -202,6 +211,7 @@ class ResultWriter(RunOutput):
         copies: Sequence[str],
         changed: Sequence[str],
         report: Mapping[str, Any] | None,
+        kept: bytes,
         arrived: Callable[[], None],
     ) -> None:
         arrived()
@@ -223,6 +233,8 @@ class ResultWriter(RunOutput):
         if self._plan.samples and self._plan.propagates_quantized:
             state = state_digest(modules, caches)
             write_small_parts(self.path, self._number, modules)
+        if kept:
+            _keep(self.beside(self._number), kept)
         self._number += 1
         specs = {name: module.spec for name, module in modules.items()}
         tensors = self._written[first:]
@@ -265,10 +277,14 @@ def write_small_parts(path: Path, number: int, modules: Mapping[str, QuantizedLi
         for part, buffer in module.named_buffers()
         if is_small(module, buffer)
     }
-    with explained(path):
-        (path / STATE).mkdir(exist_ok=True)
-        (path / STATE / str(number)).write_bytes(safetensors.torch.save(parts))
-        sync(path / STATE / str(number))
+    _keep(path / STATE / str(number), safetensors.torch.save(parts))
+
+
+def _keep(file: Path, content: bytes) -> None:
+    with explained(file.parent.parent):
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
+        sync(file)
 
 
 def read_small_parts(path: Path, number: int, modules: Mapping[str, QuantizedLinear]) -> None:

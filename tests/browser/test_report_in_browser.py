@@ -91,6 +91,8 @@ def grown(report: dict[str, Any]) -> dict[str, Any]:
         name = next(iter(unit["linears"]))
         unit["fell_back"] = {name: {"from": "W4A8_DYNAMIC", "to": "FLOAT", "relative_error": 0.31}}
         unit["notes"] = {name: ["the Hessian was damped with 0.1, ten times what the protocol says"]}
+    big["kl"]["units"] = {unit["unit"]: 0.001 * 1.1**number for number, unit in enumerate(big["units"])}
+    big["kl"]["notes"] = ["1 units, such as model.visual, give nothing that the model's end could read"]
     big["model_path"] = "/mnt/models/" + "a_long_folder_without_any_hyphen/" * 5 + "Qwen3-VL-235B-A22B-Instruct"
     big["warnings"] = [
         f"{number}: " + "model.language_model.layers.0.mlp.experts.gate_up_proj" * 4 for number in range(9)
@@ -126,6 +128,7 @@ def test_the_page_is_readable(
     axes = page.evaluate(TICKS)
     assert axes and all(upper[1] <= lower[0] for ticks in axes for upper, lower in pairwise(ticks))
     assert page.locator("circle").count() > 20
+    assert page.locator("#kl circle").count() == (2 if kind == "small" else 60)
     heat = page.locator(".heat svg").bounding_box()
     assert heat["width"] > width / 2 and heat["height"] >= 48
     page.close()

@@ -330,6 +330,21 @@ YAML = {
 }
 
 
+TOGETHER = [
+    ("processor misspelt", "key misspelt"),
+    ("processor misspelt", "scope misspelt"),
+    ("processor as a class", "pattern not a list"),
+    ("processor misspelt", "pattern misspelt"),
+    ("saver misspelt", "pattern misspelt"),
+    ("apiversion misspelt", "key misspelt"),
+    ("apiversion misspelt", "processor misspelt"),
+    ("pattern not a list", "key misspelt"),
+    ("dtype misspelt", "pattern misspelt"),
+    ("key forgotten", "saver misspelt"),
+]
+"""Where the first is what the second is judged by."""
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_llama: Path, calibration_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a newcomer has; no case changes it but by results of its own."""
@@ -407,6 +422,27 @@ def test_a_wrong_protocol_costs_one_correction(
     protocol.write_text(good, encoding="utf-8")
     done = here(*words)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("slips", TOGETHER, ids=" and ".join)
+def test_two_mistakes_of_which_one_hides_the_other_are_told_at_once(
+    slips: tuple[str, str], folder: Path, tmp_path: Path, here: Program
+) -> None:
+    protocol = tmp_path / "protocol.yaml"
+    words = ["plan", "--model_path", str(folder / "model"), "--device", "cpu", "--config_path", str(protocol)]
+    text = BLOCK
+    for slip in (YAML[name] for name in slips):
+        changed = text.replace(slip.old, slip.new)
+        assert changed != text
+        text = changed
+    protocol.write_text(text, encoding="utf-8")
+    done = here(*words)
+    assert done.returncode == 2 and done.stdout == ""
+    for name in slips:
+        line = YAML[name].place.split(":")[1]
+        assert re.search(rf"{protocol}:{line}:\d+: ", done.stderr), done.stderr
+        assert YAML[name].right in done.stderr
+    assert len(re.findall(rf"{protocol}:\d+:\d+: ", done.stderr)) == 2, done.stderr
 
 
 def test_twenty_mistakes_and_more_are_tried() -> None:

@@ -93,6 +93,7 @@ def test_the_number_of_ranks_changes_no_byte(
     shared = quantize(tiny_llama, tmp_path / "shared", config, device="cpu", workers=workers)
     assert same(tmp_path / "alone", tmp_path / "shared", snapshot)
     assert numbers(shared) == numbers(alone)
+    assert shared["kl"] == alone["kl"] and alone["kl"]["units"]
     assert (shared["runner"], alone["runner"]) == ("dp_layer_wise", "layer_wise")
     assert psutil.Process().children(recursive=True) == []
 
@@ -106,6 +107,7 @@ def test_experts_are_shared_too(
     shared = quantize(tiny_moe, tmp_path / "shared", config, device="cpu", workers=2)
     assert same(tmp_path / "alone", tmp_path / "shared", snapshot)
     assert numbers(shared) == numbers(alone)
+    assert shared["kl"] == alone["kl"] and alone["kl"]["units"]
 
 
 def test_images_are_shared_too(protocol: Protocol, tmp_path: Path, snapshot: Snapshot) -> None:
@@ -124,6 +126,7 @@ def test_images_are_shared_too(protocol: Protocol, tmp_path: Path, snapshot: Sna
     shared = quantize(VLM, tmp_path / "shared", config, device="cpu", workers=2)
     assert same(tmp_path / "alone", tmp_path / "shared", snapshot)
     assert numbers(shared) == numbers(alone)
+    assert shared["kl"] == alone["kl"] and alone["kl"]["units"]
     assert min(unit["tokens"] for unit in shared["units"]) > 1024  # more than one group
 
 
@@ -176,6 +179,7 @@ def test_prior_stages_are_shared_and_continued_too(
         shared = quantize(tiny_llama, out, config, device="cpu", workers=2)
         assert same(out, tmp_path / "alone", snapshot)
         assert numbers(shared) == numbers(alone)
+        assert shared["kl"] == alone["kl"] and alone["kl"]["units"]
         assert list(map(numbers, shared["prior"])) == list(map(numbers, alone["prior"]))
 
 

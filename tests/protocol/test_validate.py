@@ -156,7 +156,9 @@ def test_reading_leniently_keeps_the_entries_without_a_mistake(tmp_path: Path, r
     protocol, diagnostics = read_protocol(path, registry)
     assert isinstance(protocol, Protocol)
     assert protocol.runner == "auto"
-    assert [entry.path for entry in protocol.process] == [("spec", "process", 1)]
+    # A key that is only misspelt is read as it was meant.
+    assert [entry.path for entry in protocol.process] == [("spec", "process", 0), ("spec", "process", 1)]
+    assert protocol.process[0].config["qconfig"] == {"weight": {"dtype": "int8"}}
     assert [entry.path for entry in protocol.save] == [("spec", "save", 0)]
     assert protocol.prior == ()
     assert [diagnostic.line for diagnostic in diagnostics] == [3, 5, 7, 8, 9]

@@ -81,7 +81,7 @@ def test_the_page_shows_what_the_report_says_and_reaches_for_nothing(result: Pat
     page = Page(text)
     assert page.open == [] and page.outside == [] and "script" not in page.tags
     assert not re.search(r"https?://|url\(|@import", text)
-    sections = ["size", "error", "worst", "activations", "experts", "time", "provenance"]
+    sections = ["size", "error", "kl", "worst", "activations", "experts", "time", "provenance"]
     assert [one for one in page.ids if one in sections] == sections
     worst = max((one["relative_error"], name) for unit in report["units"] for name, one in unit["quality"].items())
     table = page.text[page.text.index("Worst linears") :]
@@ -97,7 +97,11 @@ def test_the_page_shows_what_the_report_says_and_reaches_for_nothing(result: Pat
     (result / "report.html").unlink()
     assert main(["report", str(result)]) == 0
     assert (result / "report.html").read_text(encoding="utf-8") == text
-    assert str(result / "report.html") in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(result / "report.html") in said
+    last, value = list(report["kl"]["units"].items())[-1]
+    assert f"{value:.3g} nats behind {last}" in said
+    assert f"layers.1: KL so far {value:.3g} nats" in page.text
 
 
 def test_a_report_that_says_little_or_comes_from_a_convert_has_a_page_as_well() -> None:
@@ -118,7 +122,9 @@ def test_a_report_that_says_little_or_comes_from_a_convert_has_a_page_as_well() 
     page = Page(text)
     assert page.open == [] and "script" not in page.tags and "b" not in page.tags
     assert "<b>bold</b>" in page.text
-    assert not {"error", "activations", "experts", "time"} & set(page.ids)
+    assert not {"error", "kl", "activations", "experts", "time"} & set(page.ids)
+    report["kl"] = {"texts": 0, "tokens": 0, "positions": 0, "units": {}, "notes": ["nothing was calibrated"]}
+    assert "Not shown: nothing was calibrated." in Page(render(report)).text
 
 
 @pytest.mark.parametrize("content", [None, "no json", "[]", '{"report": 2}'])

@@ -160,6 +160,7 @@ def check_continuing(
     whole, out = tmp_path / "whole", tmp_path / "out"
     snapshots = Snapshots(tmp_path / "whole.partial", tmp_path)
     expected_report = run(model, whole, config, snapshots)
+    assert bool(expected_report["kl"]["units"]) == bool(expected_report["samples"])
     expected = digests(whole)
     used: list[bool] = []
     find = FinishedUnits.standing

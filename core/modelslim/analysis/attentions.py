@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from modelslim.analysis.distance import Distance
-from modelslim.analysis.model import FloatModel, compute, main_tensor
+from modelslim.analysis.model import FloatModel
 from modelslim.analysis.scores import Score, rank
 from modelslim.errors import CapabilityError
 from modelslim.kv_cache import QuantizedCache, attentions, find_places, open_places
+from modelslim.open_model import main_tensor
 from modelslim.ports import PortCollector
 from modelslim.runners.standing import in_place
 from modelslim.scales import range_to_scale
 from modelslim.statistics import ChannelRange, UnitStatistics
+from modelslim.suspended import compute
 from modelslim.types import CacheInfo, TensorSpec
 
 _SPEC = TensorSpec("int8", "per_channel", True)

@@ -14,15 +14,17 @@ from torch import nn
 from modelslim.activations import Boundary
 from modelslim.analysis.distance import Distance
 from modelslim.analysis.linears import select_linears
-from modelslim.analysis.model import FloatModel, compute, main_tensor
+from modelslim.analysis.model import FloatModel
 from modelslim.analysis.scores import Score, rank
 from modelslim.analysis.simulate import Simulation, collector_of, statistics_of
 from modelslim.analysis.variants import follow_variants
 from modelslim.errors import UsageError
+from modelslim.open_model import main_tensor
 from modelslim.protocol.document import parse_document
 from modelslim.registry import Registry
 from modelslim.runners.standing import in_place
 from modelslim.statistics import UnitStatistics
+from modelslim.suspended import compute
 
 PROBE = {
     "type": "linear_quant",

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from modelslim.activations import Boundary
 from modelslim.adapters import choose_adapter, open_session
@@ -19,13 +18,11 @@ from modelslim.batches import batched
 from modelslim.checkpoint import Checkpoint
 from modelslim.dataset import find_dataset, read_samples
 from modelslim.devices import resolve_device, synchronize, work_alone
-from modelslim.errors import CapabilityError, DatasetError, ModelError
+from modelslim.errors import CapabilityError, DatasetError
 from modelslim.guard import prove_forward
 from modelslim.loader import Loader
 from modelslim.model_info import describe
-from modelslim.open_model import tensors_in
 from modelslim.registry import Registry
-from modelslim.types import ProcessRequest
 from modelslim.vlm_dataset import INDEXES, read_vlm_samples
 
 DEFAULT_TEXT = "Describe this image in detail."
@@ -176,20 +173,3 @@ def find_samples(
         samples, remarks = read_vlm_samples(found, text)
         return found, list(samples), remarks
     return found, read_samples(found), []
-
-
-def compute(request: ProcessRequest) -> Any:
-    """The output of a unit's call, by the forward of the unit itself."""
-    return request.module.forward(*request.args, **request.kwargs)
-
-
-def main_tensor(output: Any, place: str) -> Tensor:
-    """The activations in what a module returned: its first floating tensor.
-
-    Raises:
-        ModelError: there is none.
-    """
-    found = next((one for one in tensors_in(output) if one.is_floating_point()), None)
-    if found is None:
-        raise ModelError(f"{place} returns no activations", hint="its error cannot be measured; leave it out")
-    return found

@@ -8,20 +8,22 @@ weights are read once; computed are half as many units as there are variants tim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modelslim.analysis.distance import Distance
-from modelslim.analysis.model import FloatModel, compute, main_tensor
+from modelslim.analysis.model import FloatModel
 from modelslim.analysis.simulate import Simulation, collector_of, statistics_of
+from modelslim.divergence import kl_sum
+from modelslim.open_model import main_tensor
 from modelslim.runners.standing import in_place
 from modelslim.statistics import UnitStatistics
-from modelslim.types import ProcessRequest
+from modelslim.suspended import SuspendedForward, compute
 
 _ROWS = 64  # tokens whose log-probabilities are in memory at once
 
@@ -49,34 +51,6 @@ class Effect:
         return self.divergence / self.tokens if self.tokens else 0.0
 
 
-@dataclass
-class _Forward:
-    """One sample on its way through one variant."""
-
-    generator: Generator[ProcessRequest, Any, Any]
-    request: ProcessRequest | None = None
-    result: Any = None
-    held: list[Any] = field(default_factory=list)
-
-    @classmethod
-    def start(cls, generator: Generator[ProcessRequest, Any, Any]) -> _Forward:
-        return cls(generator, next(generator))
-
-    def waits(self, unit: str) -> bool:
-        return self.request is not None and self.request.name == unit
-
-    def send(self, output: Any) -> None:
-        try:
-            self.request = self.generator.send(output)
-        except StopIteration as end:
-            self.request, self.result = None, end.value
-
-    def run(self, unit: str) -> None:
-        """Compute the unit as often as it is called in a row."""
-        while self.request is not None and self.request.name == unit:
-            self.send(self.held.pop() if self.held else compute(self.request))
-
-
 def follow_variants(
     model: FloatModel,
     samples: Sequence[Any],
@@ -93,7 +67,7 @@ def follow_variants(
         measured: says what is measured.
     """
     effects: dict[Hashable, Effect] = {}
-    alive: dict[Hashable, list[_Forward]] = {}
+    alive: dict[Hashable, list[SuspendedForward]] = {}
     with torch.no_grad():
         inputs = model.inputs(samples, together=False)  # the logits of one input are in memory at once
         walk = _Walk(model, inputs)
@@ -114,7 +88,7 @@ def follow_variants(
                         forward.run(unit)
         finally:
             for forward in [*walk.forwards, *(one for forwards in alive.values() for one in forwards)]:
-                forward.generator.close()
+                forward.close()
     return effects
 
 
@@ -128,8 +102,10 @@ class _Walk:
         self._kept: list[list[Any]] = [[] for _ in inputs]
         self.forwards = [self._start(index) for index in range(len(inputs))]
 
-    def _start(self, index: int) -> _Forward:
-        return _Forward.start(self._model.session.generate_model_forward(self._model.model, self._inputs[index]))
+    def _start(self, index: int) -> SuspendedForward:
+        return SuspendedForward.start(
+            self._model.session.generate_model_forward(self._model.model, self._inputs[index])
+        )
 
     def measure(self, unit: str, simulations: Iterable[Simulation]) -> UnitStatistics:
         """Let the float forwards pass the unit, and keep what it gives; their ends are of no interest."""
@@ -144,7 +120,7 @@ class _Walk:
                 forward.result = None
         return statistics_of(ports, entered)
 
-    def born(self, unit: str) -> list[_Forward]:
+    def born(self, unit: str) -> list[SuspendedForward]:
         """New forwards that wait at the unit with its output computed; the unit is quantized now."""
         forwards = []
         for index in range(len(self._inputs)):
@@ -154,7 +130,7 @@ class _Walk:
             forwards.append(forward)
         return forwards
 
-    def replayed(self, index: int, until: int) -> _Forward:
+    def replayed(self, index: int, until: int) -> SuspendedForward:
         """A new forward that was fed the float outputs of the units before that of this number."""
         forward, kept = self._start(index), iter(self._kept[index])
         while forward.request is not None and self._order[forward.request.name] < until:
@@ -162,7 +138,7 @@ class _Walk:
         return forward
 
 
-def _finish(walk: _Walk, unit: str, alive: Mapping[Hashable, Sequence[_Forward]]) -> dict[Hashable, Effect]:
+def _finish(walk: _Walk, unit: str, alive: Mapping[Hashable, Sequence[SuspendedForward]]) -> dict[Hashable, Effect]:
     """Compare sample by sample, so that the outputs of one sample are in memory."""
     effects: dict[Hashable, Effect] = {key: Effect(Distance()) for key in alive}
     for index in range(len(walk.forwards)):
@@ -177,7 +153,7 @@ def _finish(walk: _Walk, unit: str, alive: Mapping[Hashable, Sequence[_Forward]]
             effect.distance.add(output, expected)
             for p, rows in zip(reference, _rows(output), strict=True):
                 q = rows.float().log_softmax(-1)
-                effect.divergence += float((p.exp() * (p - q)).sum().double())
+                effect.divergence += kl_sum(p, q)
                 effect.tokens += len(p)
     return effects
 

@@ -36,9 +36,26 @@ def command(output: Output, path: Path, target: Path | None) -> None:
 
     source = path / REPORT if path.is_dir() else path
     target = target or source.parent / PAGE
-    file = write_page(_read(source), target.parent, target.name)
-    output.table("", ["", ""], [("report", source), ("page", file)])
-    output.data({"report": str(source), "page": str(file)})
+    report = _read(source)
+    file = write_page(report, target.parent, target.name)
+    output.table("", ["", ""], [("report", source), ("page", file), *_kl_rows(report)])
+    output.data({"report": str(source), "page": str(file), "kl": report.get("kl")})
+
+
+def _kl_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """KL of the whole, the layers that add most to it, and what is to be known of it."""
+    kl = report.get("kl") or {"units": {}, "notes": []}
+    found = list(kl["units"].items())
+    rows = [("KL per layer", f"not measured: {note}") for note in kl["notes"] if not found]
+    if found:
+        before = [0.0, *(value for _, value in found)]
+        added = sorted(((value - less, unit) for (unit, value), less in zip(found, before, strict=False)), reverse=True)
+        most = ", ".join(f"{unit} +{value:.3g}" for value, unit in added[:3] if value > 0)
+        where = f"behind {found[-1][0]}, at {kl['positions']} positions"
+        rows.append(
+            ("KL per layer", f"{found[-1][1]:.3g} nats {where}" + (f"; most is added by {most}" if most else ""))
+        )
+    return rows
 
 
 def _read(file: Path) -> dict[str, Any]:

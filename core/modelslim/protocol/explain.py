@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from modelslim.errors import Diagnostic, nearest
+from modelslim.errors import Diagnostic, closest, nearest
 from modelslim.protocol.document import Document, Steps, format_path, shorten
 from modelslim.protocol.nodes import equals_hint
+from modelslim.protocol.repair import Repair
 
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
@@ -47,6 +48,7 @@ class Explainer:
         document: the document.
         schema: what compose gave.
         name_hint: hint for an unknown name, from what it should name (such as ``processor``) and the name.
+        repairs: what would put names right that were explained as misspelt.
     """
 
     def __init__(self, document: Document, schema: Mapping[str, Any], name_hint: Callable[[str, str], str]) -> None:
@@ -57,6 +59,7 @@ class Explainer:
         self.schema = schema
         self.resolver = Resources().with_resource("", DRAFT7.create_resource(schema)).resolver()
         self.name_hint = name_hint
+        self.repairs: list[Repair] = []
 
     @property
     def _settings(self) -> Mapping[Any, Any]:
@@ -90,6 +93,8 @@ class Explainer:
             hint = f"a blank belongs behind the colon: {name}: {shorten(value)}"
         else:
             hint = nearest(key, properties) or "the mapping takes no keys"
+            if right := closest(key, {name: name for name in properties}):
+                self.repairs.append(Repair((*path, key), right, key=True))
         return self.document.diagnostic(f"unknown key {_show(key)}", (*path, key), key=True, hint=hint)
 
     def _missing_keys(self, path: Steps, error: ValidationError) -> Iterator[Diagnostic]:
@@ -123,7 +128,10 @@ class Explainer:
         if keyword == "type":
             return _wrong_type(value, [limit] if isinstance(limit, str) else limit, schema)
         if keyword == "enum":
-            hint = nearest(value, [item for item in limit if isinstance(item, str)]) if isinstance(value, str) else ""
+            names = [item for item in limit if isinstance(item, str)]
+            hint = nearest(value, names) if isinstance(value, str) else ""
+            if isinstance(value, str) and (right := closest(value, {name: name for name in names})):
+                self.repairs.append(Repair(tuple(error.absolute_path), right))
             if title := schema.get("title"):
                 return f"unknown {title} {_show(value)}", self.name_hint(title, str(value)) or hint
             allowed = " or ".join(_show(item) for item in limit)

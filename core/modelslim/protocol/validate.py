@@ -8,15 +8,17 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelslim.errors import Diagnostic, PluginError, ProtocolError, nearest
+from modelslim.errors import Diagnostic, PluginError, ProtocolError, closest, nearest
 from modelslim.protocol.compose import KINDS, apiversions, compose, refuse_apiversion
 from modelslim.protocol.document import Document, Steps, read_document
 from modelslim.protocol.explain import Explainer
 from modelslim.protocol.model import Processor, Protocol, SaverEntry, Stage
+from modelslim.protocol.repair import Repair, repaired
 
 if TYPE_CHECKING:
     from modelslim.registry import Registry
 
+_APIVERSION = {"apiversion": "apiversion"}
 _PLACES = {"processor": "process", "saver": "save"}
 
 
@@ -51,8 +53,8 @@ def read_protocol(path: str | Path, registry: Registry) -> tuple[Protocol | None
         registry: the installed plugins.
 
     Returns:
-        The protocol without the entries that hold a mistake, None when nothing can be told from it; and
-        the mistakes in the order of the file.
+        The protocol with misspelt names put right and without the entries that hold another mistake, None when
+        nothing can be told from it; and the mistakes in the order of the file.
 
     Raises:
         ProtocolError: the file cannot be read as YAML.
@@ -62,10 +64,43 @@ def read_protocol(path: str | Path, registry: Registry) -> tuple[Protocol | None
 
 
 def check_document(document: Document, registry: Registry) -> tuple[Protocol | None, list[Diagnostic]]:
-    """Check a document; otherwise as :func:`read_protocol`."""
+    """Check a document; otherwise as :func:`read_protocol`.
+
+    Misspelt names that are near to a right one are put right, and what they have hidden is told as well.
+    """
     apiversion, problem = _apiversion(document)
+    found = [] if problem is None else [problem]
+    if not apiversion:
+        return None, found
     if problem is not None:
-        return None, [problem]
+        written = next(key for key in document.value if key == "apiversion" or closest(key, _APIVERSION))
+        repairs = [Repair((written,), "apiversion", key=True), Repair((written,), apiversion)]
+        document = repaired(document, repairs if written != "apiversion" else repairs[1:])
+    protocol: Protocol | None = None
+    while True:
+        try:
+            protocol, more, repairs = _check(document, apiversion, registry)
+        except PluginError:
+            if not found:
+                raise
+            break  # of a plugin that the file does not name yet
+        found += more
+        again = repaired(document, repairs)
+        if again.value == document.value:
+            break
+        document = again
+    # A mistake in an anchor is found once per alias; the first path stands for all.
+    unique: dict[tuple[int | None, int | None, str], Diagnostic] = {}
+    for diagnostic in found:
+        unique.setdefault((diagnostic.line, diagnostic.column, diagnostic.message), diagnostic)
+    ordered = sorted(unique.values(), key=lambda diagnostic: (diagnostic.line or 0, diagnostic.column or 0))
+    return protocol, ordered
+
+
+def _check(
+    document: Document, apiversion: str, registry: Registry
+) -> tuple[Protocol | None, list[Diagnostic], list[Repair]]:
+    """The protocol without what is wrong; what is; and what puts names right."""
     schema = compose(apiversion, registry, types=_named_types(document.value))
     explainer = Explainer(document, schema, lambda title, name: _name_hint(registry, title, name))
     found: list[Diagnostic] = []
@@ -75,16 +110,14 @@ def check_document(document: Document, registry: Registry) -> tuple[Protocol | N
         wrong.update(path[:length] for length in range(1, len(path) + 1))
         found += explainer.explain(error)
     found += _misplaced(document, schema, explainer)
-    # A mistake in an anchor is found once per alias; the first path stands for all.
-    unique: dict[tuple[int | None, int | None, str], Diagnostic] = {}
-    for diagnostic in found:
-        unique.setdefault((diagnostic.line, diagnostic.column, diagnostic.message), diagnostic)
-    ordered = sorted(unique.values(), key=lambda diagnostic: (diagnostic.line or 0, diagnostic.column or 0))
-    return _protocol(document, apiversion, schema, wrong), ordered
+    return _protocol(document, apiversion, schema, wrong), found, explainer.repairs
 
 
 def _apiversion(document: Document) -> tuple[str, Diagnostic | None]:
-    """The apiversion, without which nothing else can be judged, or what is wrong with it."""
+    """The apiversion, without which nothing else can be judged, and what is wrong with it.
+
+    Where it is misspelt, the one that is meant; empty where that cannot be told.
+    """
     value = document.value
     supported = f"supported: {', '.join(apiversions())}"
     path = ("apiversion",)
@@ -96,13 +129,15 @@ def _apiversion(document: Document) -> tuple[str, Diagnostic | None]:
         missing = Diagnostic("missing key 'apiversion'", "apiversion", document.file, line, column, supported)
         for key in value:
             if (hint := nearest(key, path)).startswith("did you mean"):
-                return "", document.diagnostic(f"unknown key '{key}'", (key,), key=True, hint=hint)
+                meant = value[key] if value[key] in apiversions() else ""
+                return meant, document.diagnostic(f"unknown key '{key}'", (key,), key=True, hint=hint)
         return "", missing
     apiversion = value["apiversion"]
     if not isinstance(apiversion, str):
         return "", document.diagnostic("must be a string", path, hint=supported)
     if refusal := refuse_apiversion(apiversion):
-        return "", document.diagnostic(refusal[0], path, hint=refusal[1])
+        meant = closest(apiversion, {name: name for name in apiversions()}) if "did you mean" in refusal[1] else ""
+        return meant, document.diagnostic(refusal[0], path, hint=refusal[1])
     return apiversion, None
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from modelslim.ranks import ALONE, Ranks, merge_order
 from modelslim.report import peak_memory
 from modelslim.result import RunOutput
 from modelslim.runners.finished import FinishedUnits
+from modelslim.runners.lens import Lens
 from modelslim.runners.standing import in_place
 from modelslim.runners.stream import Stream
 from modelslim.runners.work import Outcome, UnitWork
@@ -38,6 +39,7 @@ from modelslim.transfers import Arrival, departure
 
 OUTSIDE = ""
 """Stands for a unit: the linears outside all units, worked on after the last one."""
+_KL = "KL per layer"
 
 
 @dataclass
@@ -86,6 +88,7 @@ class Engine:
         self._done = len(writer.finished)
         self._finished = FinishedUnits(plan, writer, self._model, held.ranks)
         self._reference: Stream | None = None
+        self._lens: Lens | None = None
         self._records: list[dict[str, Any]] = []
         self._written: set[str] = set()
 
@@ -149,9 +152,9 @@ class Engine:
         self._loader.fill_on_demand(self._units)
         if plan.session.has("enable_kv_cache"):
             plan.session.enable_kv_cache(self._model, False)
-        inputs = model_inputs(plan.session, plan.samples, plan.device, plan.calib_length)
-        if not plan.replays:  # an algorithm that runs the unit itself counts samples
-            inputs = batched(inputs)
+        singles = model_inputs(plan.session, plan.samples, plan.device, plan.calib_length)
+        # An algorithm that runs the unit itself counts samples.
+        inputs = singles if plan.replays else batched(singles)
         rounds = merge_order([tokens_of(one) for one in inputs], self._ranks.size)[self._ranks.rank]
         numbers = [number for group in rounds for number in group]
         place = {number: index for index, number in enumerate(numbers)}
@@ -171,6 +174,10 @@ class Engine:
         main = stream(nullcontext, outside)
         if plan.propagates_quantized and plan.replays:
             self._reference = stream(outside.paused, None)
+        if plan.stage is None and self._ranks.is_first:
+            passed = self._units[: self._last_pass + 1]
+            self._lens = stack.enter_context(closing(Lens(plan, self._model, passed, outside.paused)))
+            self._lens.start(singles)
         # Every sample has passed the embeddings, which weigh as much as several units.
         self._loader.release_filled()
         return main
@@ -207,6 +214,8 @@ class Engine:
             stream.run(unit)
         else:  # what the samples passed is not kept, and the same work gives it again
             work.calibrate(stream, True, self._reference)
+        if self._lens is not None:
+            self._lens.pass_again(index, self._writer.beside(index))
         if index + 1 < len(self._units):
             self._loader.release_filled()
         self._loader.release(self._names(index))
@@ -218,7 +227,15 @@ class Engine:
         if stream is not None and index <= self._last_pass:
             # Behind the last unit lie the norm and the vocabulary projection, which cost as much as several units.
             resume = index + 1 < len(self._units) or self._last_pass == len(self._units)
+            if self._lens is not None:
+                clock.lap("read")
+                self._lens.pass_float(unit)
+                clock.lap(_KL)
             outcome = work.calibrate(stream, resume, self._reference)
+            if self._lens is not None:
+                clock.lap("calibrate and quantize")
+                outcome.kept = self._lens.pass_quantized(index, {**outcome.modules, **outcome.caches})
+                clock.lap(_KL)
             if index + 1 < len(self._units):
                 # A forward that embeds its text behind the vision tower has filled the embeddings here.
                 self._loader.release_filled()
@@ -249,7 +266,7 @@ class Engine:
             clock.lap("write")
         elif self._ranks.is_first:
             self._put(unit, index, clock, outcome, left, stored, record)
-        if unit:
+        if unit and not self._ends_measurement(index):
             self._loader.release(self._names(index))
         self._plan.session.unit_finished(unit, self._held.started + index, self._held.total, record)
 
@@ -261,7 +278,7 @@ class Engine:
         outcome: Outcome,
         left: Left,
         stored: Sequence[str],
-        record: Mapping[str, Any],
+        record: dict[str, Any],
     ) -> None:
         quantized, places = {**left.modules, **outcome.modules}, {**left.caches, **outcome.caches}
         held = {f"{name}.{part}" for name in quantized for part in ("weight", "bias")}
@@ -275,10 +292,20 @@ class Engine:
         self._written.update(stored, gone)
         self._writer.wait()
         clock.lap("write")
+        if self._lens is not None and self._ends_measurement(index):
+            leaving.wait()
+            self._loader.release(self._names(index))  # its place is for the head
+            record["kl"] = self._lens.measure()
+            self._loader.release_filled()
+            clock.lap(_KL)
         if self._writer.debug:
             leaving.wait()
             write_unit(self._writer.path, index, modules, caches, outcome.observed, record)
-        self._writer.put(unit, modules, caches, edited, copies, sorted(changed), record, leaving.wait)
+        self._writer.put(unit, modules, caches, edited, copies, sorted(changed), record, outcome.kept, leaving.wait)
+
+    def _ends_measurement(self, index: int) -> bool:
+        """True for the last unit that samples pass, where KL per layer is read."""
+        return self._lens is not None and index == min(self._last_pass, len(self._units) - 1)
 
     def _replaced(self, modules: Iterable[str], edited: Iterable[str]) -> set[str]:
         """Stored tensors in whose place others were written."""
@@ -343,7 +370,7 @@ class _Clock:
     def lap(self, phase: str) -> None:
         synchronize(self._device)
         now = time.perf_counter()
-        self.laps[phase] = round(now - self._last, 6)
+        self.laps[phase] = round(self.laps.get(phase, 0.0) + now - self._last, 6)
         for kind, peak in (
             ("peak_memory_bytes", peak_memory()),
             ("peak_device_memory_bytes", sum(peak_device_memory(self._device).values())),

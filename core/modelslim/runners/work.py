@@ -51,6 +51,7 @@ class Outcome:
         record: for the report.
         multipliers: of a prior stage, linears that share a multiplier of their input and are left to later stages.
         observed: ranges that were measured; references, no copies.
+        kept: what is kept beside the result for a run that is continued.
     """
 
     modules: dict[str, QuantizedLinear] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class Outcome:
     record: dict[str, Any] = field(default_factory=dict)
     multipliers: list[tuple[list[str], Tensor]] = field(default_factory=list)
     observed: Observed = field(default_factory=Observed)
+    kept: bytes = b""
 
 
 class UnitWork:
