@@ -221,6 +221,9 @@ class _Examination:
         if linear.has_multiplier and not self.saver.stores_multipliers:
             self.losses.append(Loss(stored, "its input is multiplied, and the format has no place for that"))
             return
+        if module.spec.weight.sparse and not self.saver.stores_sparse:
+            self.refused.append(Loss(stored, "the format has no type for sparse weights"))
+            return
         try:
             for name, tensor in self.saver.encode(stored, module, dtype):
                 self.records.append(TensorRecord(name, module.spec, tensor.nbytes))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from modelslim.engines import DENSE, EXPERTS, Contract, FormatRules, find_contract
-from modelslim.planned import PlannedLinear, check_experts, check_fused, listed, planned_linears
+from modelslim.planned import PlannedLinear, check_experts, check_fused, group_by_spec, listed, planned_linears
 from modelslim.registry import Registry
 from modelslim.saver import PlannedModel, Saver
 from modelslim.types import Problem, QuantSpec
@@ -63,7 +63,14 @@ def check_model(saver: Saver, name: str, target: Target | None, model: PlannedMo
         target: the engine; None for none.
         model: the planned model, or one that was read from a checkpoint.
     """
-    found = list(saver.check(model))
+    found: list[Problem] = []
+    if not saver.stores_sparse:
+        sparse = {linear: spec for linear, spec in model.specs.items() if spec.weight.sparse}
+        for spec, members in group_by_spec(planned_linears(replace(model, specs=sparse))).items():
+            message = f"{name} has no type for sparse weights, here {spec.scheme} ({listed(members)})"
+            found.append(Problem(message, "write them with ascendv1_saver", linear=members[0].info.name))
+        model = replace(model, specs={linear: model.specs[linear] for linear in model.specs.keys() - sparse.keys()})
+    found += saver.check(model)
     if target is None:
         return found
     refused = {problem.linear for problem in found if problem.fatal and problem.linear is not None}

@@ -30,6 +30,7 @@ class Operand:
         symmetric: None for symmetric or not.
         group_size: inputs that may share a scale, where some do.
         group_rows: rows that may share a scale, where some do.
+        sparse: whether the weight is one that is made to be compressed.
     """
 
     dtype: str
@@ -37,6 +38,7 @@ class Operand:
     symmetric: bool | None = None
     group_size: tuple[int, ...] = ()
     group_rows: tuple[int, ...] = ()
+    sparse: bool = False
 
     def misfits(self, spec: TensorSpec) -> Iterator[str]:
         """What of an operand the engine does not take, in words such as ``per_channel, not per_group``."""
@@ -48,6 +50,8 @@ class Operand:
             return
         if self.symmetric is not None and spec.symmetric != self.symmetric:
             yield "symmetric, not asymmetric" if self.symmetric else "asymmetric, not symmetric"
+        if spec.sparse != self.sparse:
+            yield "sparse, not plain" if self.sparse else "plain, not sparse"
         if self.group_size and spec.group_size and spec.group_size not in self.group_size:
             yield f"group_size {_either(self.group_size)}, not {spec.group_size}"
         if self.group_rows and spec.group_rows > 1 and spec.group_rows not in self.group_rows:
@@ -247,6 +251,7 @@ def _operand(value: Mapping[str, Any]) -> Operand:
         value.get("symmetric"),
         tuple(value.get("group_size", ())),
         tuple(value.get("group_rows", ())),
+        value.get("sparse", False),
     )
 
 

@@ -249,7 +249,8 @@ def _meaning(spec: QuantSpec) -> tuple[object, ...]:
     """What of a spec the values do not say."""
     weight, activation = spec.weight, spec.activation
     symmetric = spec.is_static or activation.symmetric  # a static offset is a value
-    return weight.dtype, weight.group_rows, activation.dtype, activation.scope, activation.group_size, symmetric
+    parts = (weight.dtype, weight.sparse, weight.group_rows)
+    return *parts, activation.dtype, activation.scope, activation.group_size, symmetric
 
 
 def _different(one: Tensor, other: Tensor, slack: float = 0.0) -> int:

@@ -31,6 +31,7 @@ class FloatSaver(Saver):
     """
 
     stores_multipliers = True  # in the weight
+    stores_sparse = True
 
     def __init__(self, part_file_size: float = 4) -> None:
         self._max_shard_bytes = ceil(part_file_size * _GIB)

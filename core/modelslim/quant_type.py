@@ -45,8 +45,6 @@ class QuantType:
     @property
     def lacking(self) -> str:
         """What no algorithm here does and this type needs; empty when there is nothing."""
-        if self.is_sparse:
-            return "no algorithm here makes weights sparse"
         return "no algorithm here quantizes attention itself" if self.fa_bit else ""
 
 

@@ -26,9 +26,10 @@ class QuantizedTensor:
 
     Attributes:
         codes: [out, in]. int8 for integers, a code of fewer bits in a byte of its own, such as -8..7; int8 for
-            float4, its values doubled, such as -12..12; float8_e4m3fn for float8.
+            float4, its values doubled, such as -12..12; float8_e4m3fn for float8. Of a sparse weight that stays
+            float the values themselves, in its own dtype.
         scale: float32 [out, groups]; groups is 1 for ``per_channel``. In blocks of several rows
-            [ceil(out / group_rows), ceil(in / group_size)].
+            [ceil(out / group_rows), ceil(in / group_size)]. Ones where the codes are the values.
         offset: int8 [out, groups], or None when symmetric.
         spec: how it was quantized.
         whole_scale: float32 [1], by which every scale can be divided to become a float8 number; nvfp4 only.

@@ -120,11 +120,13 @@ class Saver(ABC):
         stores_multipliers: True when the format has a place for the ``input_multiplier`` of a linear; the plan
             refuses to make one otherwise.
         stores_caches: True when the format has a place for the scales of key/value caches.
+        stores_sparse: True when the format has types for ``sparse`` weights; the plan refuses to make some otherwise.
     """
 
     engine: ClassVar[str] = ""
     stores_multipliers: ClassVar[bool] = False
     stores_caches: ClassVar[bool] = False
+    stores_sparse: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

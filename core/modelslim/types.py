@@ -64,6 +64,8 @@ class TensorSpec:
             made, so that what the engine multiplies with is what the codes were made for. Dtypes of
             ``MICROSCALING`` have a type of scale of their own.
         group_rows: rows of a weight that share a scale, too.
+        sparse: True for a weight whose values are few and uneven, so that another tool can compress them without
+            loss: a ``float`` one with zeros, or ``int8`` codes of which all but a few outliers are within four bits.
     """
 
     dtype: str
@@ -72,6 +74,7 @@ class TensorSpec:
     group_size: int | None = None
     scale_dtype: str = "float32"
     group_rows: int = 1
+    sparse: bool = False
 
     @property
     def element(self) -> str:
@@ -131,9 +134,12 @@ class QuantSpec:
 
     @property
     def scheme(self) -> str:
-        """The field's name: ``W8A8`` (static), ``W8A8_DYNAMIC``, ``W8A16``, ``W8A8FP8_DYNAMIC``, ``W8A8_MXFP8``, ..."""
+        """The field's name: ``W8A8`` (static), ``W8A8_DYNAMIC``, ``W8A16``, ``W8A8FP8_DYNAMIC``, ``W8A8_MXFP8``, ...
+
+        ``S`` behind the bits is for sparse weights: ``W16A16S``, ``W8A8S``.
+        """
         weight, activation = self.weight, self.activation
-        bits = f"W{weight.bits}A{activation.bits}"
+        bits = f"W{weight.bits}A{activation.bits}{'S' if weight.sparse else ''}"
         if weight.dtype in MICROSCALING:
             # Two kinds of float in one name, float8 inputs of float4 weights, are called MXFP.
             mixed = not activation.is_float and activation.dtype != weight.dtype

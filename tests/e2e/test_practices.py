@@ -187,15 +187,15 @@ def test_practices_of_ones_own(here: Program, paths: tuple[str | Path, ...], tmp
 
 
 def test_why_goes_through_the_priorities(here: Program) -> None:
-    words = ("practices", "why", "--model_type", "DeepSeek-R1", "--quant_type", "w8a8s", "--tag", "vLLM-Ascend")
+    words = ("practices", "why", "--model_type", "DeepSeek-R1", "--quant_type", "w8a8f8", "--tag", "vLLM-Ascend")
     value = json.loads(here(*words, "--json").stdout)
     assert [one["priority"] for one in value["priorities"]] == [1, 2, 3, 4, 5, 6]
     assert [bool(one["found"]) for one in value["priorities"]] == [False] * 5 + [True]
     assert value["chosen"]["config_id"] == value["priorities"][5]["found"][0] == "deepseek_v3_w8a8_dynamic"
-    assert value["lacking"] == "no algorithm here makes weights sparse" and value["needs_consent"] is True
+    assert value["lacking"] == "no algorithm here quantizes attention itself" and value["needs_consent"] is True
     people = here(*words)
     assert people.returncode == 0
-    assert "w8a8s: no algorithm here makes weights sparse" in people.stdout
+    assert "w8a8f8: no algorithm here quantizes attention itself" in people.stdout
     assert value["line"] in people.stdout
 
 

@@ -39,6 +39,7 @@ GPTQ = (
 )
 AUTOROUND = "{type: autoround_quant, iters: 2, strategies: [{qconfig: {act: {dtype: float}, weight: {dtype: int8}}}]}"
 EXPERTS = "{type: linear_quant, qconfig: {act: {scope: per_token}, weight: {dtype: int8, method: gptq}}}"
+PRUNE = "{type: float_sparse}"
 HEAD = "{type: linear_quant, qconfig: {act: {scope: per_tensor}, weight: {dtype: int8}}, include: [lm_head]}"
 CACHE = "{type: dynamic_cache, qconfig: {dtype: int8, scope: per_channel}}"
 
@@ -174,10 +175,11 @@ def test_ranks_whose_activations_wait_in_files_change_no_byte_and_leave_none(
     assert same(out, tmp_path / "alone", snapshot)
 
 
+@pytest.mark.parametrize("entry", [EXPERTS, PRUNE], ids=["gptq", "sparse float"])
 def test_experts_are_shared_too(
-    tiny_moe: Path, protocol: Protocol, long_calibration: Path, tmp_path: Path, snapshot: Snapshot
+    entry: str, tiny_moe: Path, protocol: Protocol, long_calibration: Path, tmp_path: Path, snapshot: Snapshot
 ) -> None:
-    config = protocol(text(long_calibration, EXPERTS))
+    config = protocol(text(long_calibration, entry))
     alone = quantize(tiny_moe, tmp_path / "alone", config, device="cpu")
     shared = quantize(tiny_moe, tmp_path / "shared", config, device="cpu", workers=2)
     assert same(tmp_path / "alone", tmp_path / "shared", snapshot)

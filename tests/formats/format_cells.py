@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from format_evidence import EVIDENCE
 
-from modelslim.engine_rules import Target, find_problems
+from modelslim.engine_rules import Target, check_model, find_problems
 from modelslim.engines import Contract, read_contracts
 from modelslim.registry import Registry
 from modelslim.saver import PlannedModel, Saver
@@ -53,8 +53,10 @@ SPECS: Mapping[str, QuantSpec] = {
     "W4A16_MXFP4": QuantSpec(MXFP4, FLOAT),
     "W4A4_NVFP4": QuantSpec(NVFP4, NVFP4),
     "W4A16_NVFP4": QuantSpec(NVFP4, FLOAT),
+    "W16A16S": QuantSpec(TensorSpec("float", "per_channel", sparse=True), FLOAT),
+    "W8A8S": QuantSpec(replace(INT8, sparse=True), replace(STATIC, symmetric=False)),
 }
-"""Every scheme that linear_quant makes, by name; groups of 32."""
+"""Every scheme that linear_quant, float_sparse and lowbit_sparse make, by name; groups of 32."""
 
 PLACES = ("dense", "experts")
 
@@ -85,7 +87,8 @@ def planned(spec: QuantSpec, place: str) -> PlannedModel:
 
 def refusal(saver: Saver, spec: QuantSpec, place: str) -> str:
     """Why the format cannot hold the scheme; empty when it can."""
-    return next((problem.message for problem in saver.check(planned(spec, place)) if problem.fatal), "")
+    problems = check_model(saver, "the format", None, planned(spec, place))
+    return next((problem.message for problem in problems if problem.fatal), "")
 
 
 def cell(saver_name: str, saver: Saver, contract: Contract, scheme: str, place: str) -> str:

@@ -42,6 +42,8 @@ SCHEMES = {
     "w8a16": {"W8A16"},
     "w4a16": {"W4A16"},
     "w4a8": {"W4A8_DYNAMIC", "W8A8_DYNAMIC"},
+    "w16a16s": {"W16A16S"},
+    "w8a8s": {"W8A8S"},
 }
 # The processor of GLM-4.xV asks numpy 2 for an array in a way that it warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -66,7 +68,8 @@ def test_a_practice_runs_and_its_engine_has_all_that_it_makes(
     protocol = tmp_path / "practice.yaml"
     protocol.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
     words = ["quant", "--device", "cpu", "--model_path", run.checkpoint, "--save_path", out, "--config_path", protocol]
-    engine = ENGINES[practice.saver]
+    assert practice.quant_type is not None
+    engine = "mindie" if practice.quant_type.is_sparse else ENGINES[practice.saver]
     code = main([*map(str, words), "--engine", engine])
     said = capsys.readouterr().err
     if (practice.config_id, family) in LACKING:

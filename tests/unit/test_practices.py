@@ -142,10 +142,10 @@ def test_nothing_at_all_says_what_there_is() -> None:
     assert caught.value.hint == "there are some of w8a16"
 
 
-def test_sparse_types_fall_to_w8a8_and_the_reason_is_told() -> None:
-    choice = pick([W8_DEFAULT], "w8a8s", [])
+def test_attention_types_fall_to_w8a8_and_the_reason_is_told() -> None:
+    choice = pick([W8_DEFAULT], "w8a8f8", [])
     assert choice.priority == 6
-    assert f"there is no practice of w8a8s for {NAME} (no algorithm here makes weights sparse)" in choice.line
+    assert f"there is no practice of w8a8f8 for {NAME} (no algorithm here quantizes attention itself)" in choice.line
 
 
 def test_a_model_that_is_verified_without_tags_needs_consent_with_them() -> None:

@@ -37,6 +37,8 @@ FLEX = "{type: flex_smooth_quant, qconfig: {act: {scope: per_tensor}, weight: {d
 CACHE = "{type: dynamic_cache, qconfig: {dtype: int8, scope: per_channel}}"
 AUTOROUND = "{type: autoround_quant, iters: 2, strategies: [{qconfig: {act: {dtype: float}, weight: {dtype: int8}}}]}"
 HEAD = "{type: linear_quant, qconfig: {act: {scope: per_tensor}, weight: {dtype: int8}}, include: ['*', lm_head]}"
+PRUNE = "{type: float_sparse}"
+LOWBIT = "{type: lowbit_sparse}"
 SHARDED = "{type: ascendv1_saver, part_file_size: 0.00006}"
 
 Protocol = Callable[[str], Path]
@@ -99,6 +101,8 @@ def run(model: Path, out: Path, config: Path, *observers: Any, restart: bool = F
         ([GPTQ], "", SHARDED, True),
         ([INT4], "", "{type: gptq_saver}", True),
         ([INT4], "", "{type: compressed_tensors_saver}", True),
+        ([PRUNE], "", SHARDED, True),
+        ([SMOOTH, LOWBIT], "", SHARDED, True),
         ([AUTOROUND], "", SHARDED, True),
         ([AUTOROUND], "  propagation: float\n", SHARDED, False),
     ],
@@ -114,6 +118,8 @@ def run(model: Path, out: Path, config: Path, *observers: Any, restart: bool = F
         "gptq",
         "gptq in groups",
         "gptq, compressed-tensors",
+        "sparse float",
+        "smooth, sparse int8",
         "autoround, propagated",
         "autoround",
     ],

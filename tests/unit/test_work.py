@@ -335,7 +335,7 @@ def test_passes_of_what_replays_are_those_of_the_plan(
         computed[request.name] += 1
         return request.module.forward(*request.args, **request.kwargs)
 
-    monkeypatch.setattr(activations, "_compute", compute)
+    monkeypatch.setattr(activations, "compute", compute)
     run_plan(plan, tmp_path / "out")
     assert computed["model.layers.1"] == passes * len(plan.samples)
 

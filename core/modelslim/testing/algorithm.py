@@ -431,7 +431,7 @@ def _check_linear(module: QuantizedLinear, linear: nn.Linear) -> None:
     """The invariants on which savers rely."""
     weight, spec = module.weight, module.spec
     groups = -(-linear.in_features // (spec.weight.group_size or linear.in_features))
-    held = torch.float8_e4m3fn if spec.weight.element == "e4m3" else torch.int8
+    held = {"e4m3": torch.float8_e4m3fn, "float": linear.weight.dtype}.get(spec.weight.element, torch.int8)
     assert (weight.codes.dtype, weight.codes.shape) == (held, linear.weight.shape)
     if spec.weight.is_integer:
         assert spec.weight.qmin <= int(weight.codes.min())

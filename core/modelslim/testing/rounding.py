@@ -13,6 +13,8 @@ from modelslim.types import TensorSpec
 
 def round_to_nearest(weight: Tensor, spec: TensorSpec) -> QuantizedTensor:
     """A weight [out, in] rounded to nearest on the whole range of each row, group or block."""
+    if spec.is_float:
+        return QuantizedTensor(weight.detach().clone(), torch.ones(len(weight), 1), None, spec)
     values = weight.detach().to(torch.float32)
     if spec.is_integer:
         groups = values.view(len(values), -1, spec.group_size or values.shape[1])

@@ -231,6 +231,8 @@ def random_linear(saver: Saver, spec: QuantSpec, model_dtype: str, *, bias: bool
     )
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(ROWS, COLUMNS, generator=generator) * 0.1
+    if spec.weight.is_float:
+        weight = torch.where(weight.abs() > 0.03, weight, 0.0).to(getattr(torch, model_dtype))
     input_scale = input_offset = None
     if spec.activation.dtype == "nvfp4":
         input_scale, input_offset = whole_scale(torch.tensor([3.0])), torch.zeros(1, dtype=torch.int8)

@@ -28,7 +28,17 @@ from modelslim.api import (
 )
 from modelslim_ascendv1.caches import CACHE_TYPE, OFFSET, SCALE
 from modelslim_ascendv1.int4 import unpack_rows
-from modelslim_ascendv1.layout import DESCRIPTION, FLOAT_TYPE, INNER, MULTIPLIER, TYPES, layout
+from modelslim_ascendv1.layout import (
+    DESCRIPTION,
+    FLOAT_TYPE,
+    INNER,
+    MULTIPLIER,
+    SPARSE,
+    SPARSE_FLOAT,
+    TYPES,
+    layout,
+    type_of,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -139,7 +149,7 @@ def _saved_linear(name: str, type_: str, types: Mapping[str, str], shapes: Shape
     weight_rows, width = shape("weight_packed" if type_ == "W4A16" else "weight")
     rows = weight_rows * 2 if type_ == "W4A8_DYNAMIC" else weight_rows
     columns = width * (8 if type_ == "W4A16" else 2 if "MXFP" in type_ and type_.startswith("W4") else 1)
-    groups = 1 if type_ == "W8A8" else shape("weight_scale")[1]
+    groups = 1 if type_ in ("W8A8", *SPARSE) else shape("weight_scale")[1]
     if not groups or columns % groups:
         raise ModelError(
             f"{inner}.weight_scale has {groups} columns, which does not divide the {columns} inputs", hint=_HINT
@@ -165,7 +175,7 @@ def _saved_linear(name: str, type_: str, types: Mapping[str, str], shapes: Shape
                 f"has {size}",
                 hint=_HINT,
             )
-        if types[full] != (FLOAT_TYPE if part in ("bias", f"{INNER}.bias", MULTIPLIER) else type_):
+        if types[full] != type_of(part.removeprefix(f"{INNER}."), type_):
             raise ModelError(f"{full} is described as {types[full]}, and its linear as {type_}", hint=_HINT)
     spec = _spec(type_, columns, groups, symmetric=type_ != "W8A16" and f"{inner}.weight_offset" not in types)
     tensors = tuple(f"{name}.{part}" for part in expected)
@@ -175,6 +185,7 @@ def _saved_linear(name: str, type_: str, types: Mapping[str, str], shapes: Shape
 def _spec(type_: str, columns: int, groups: int, *, symmetric: bool) -> QuantSpec:
     activation = {
         "W8A8": TensorSpec("int8", "per_tensor", symmetric=False),
+        "W8A8S": TensorSpec("int8", "per_tensor", symmetric=False),
         "W8A8_MIX": TensorSpec("int8", "pd_mix", symmetric=False),
         "W8A8_DYNAMIC": TensorSpec("int8", "per_token"),
         "W4A8_DYNAMIC": TensorSpec("int8", "per_token"),
@@ -184,6 +195,9 @@ def _spec(type_: str, columns: int, groups: int, *, symmetric: bool) -> QuantSpe
         "W4A8_MXFP": TensorSpec("mxfp8", "per_block", group_size=32),
         "W4A4_MXFP4": TensorSpec("mxfp4", "per_block", group_size=32),
     }.get(type_, FLOAT)
+    if type_ in SPARSE:
+        codes = "float" if type_ == SPARSE_FLOAT else "int8"
+        return QuantSpec(TensorSpec(codes, "per_channel", sparse=True), activation)
     if "MXFP" in type_:
         codes = "mxfp4" if type_.startswith("W4") else "mxfp8"
         return QuantSpec(TensorSpec(codes, "per_block", group_size=32), activation)
@@ -202,7 +216,9 @@ def _decode(name: str, type_: str, spec: QuantSpec, tensors: Mapping[str, Tensor
     """Make the module from its tensors, by full name."""
     parts = {key.removeprefix(f"{name}.").removeprefix(f"{INNER}."): tensor for key, tensor in tensors.items()}
     input_scale = input_offset = offset = None
-    if type_ in ("W8A8", "W8A8_MIX"):
+    if type_ == SPARSE_FLOAT:
+        scale = torch.ones(len(parts["weight"]), 1)
+    elif type_ in ("W8A8", "W8A8S", "W8A8_MIX"):
         input_scale = parts["input_scale"].to(torch.float32)
         input_offset = parts["input_offset"].to(torch.int8)
         scale = parts.get("weight_scale", _weight_scale(parts["deq_scale"], input_scale)).to(torch.float32)

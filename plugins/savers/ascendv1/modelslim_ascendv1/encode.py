@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modelslim.api import QuantizedLinear, SaveError, e2m1_nibbles, pack_bits, to_e8m0
 from modelslim_ascendv1.int4 import pack_rows
-from modelslim_ascendv1.layout import INNER, MULTIPLIER, TP_SLICES, deq_scale_dtype, is_row_parallel
+from modelslim_ascendv1.layout import INNER, MULTIPLIER, SPARSE_FLOAT, TP_SLICES, deq_scale_dtype, is_row_parallel
 from modelslim_ascendv1.schemes import refusals
 
 Tensors = Iterator[tuple[str, Tensor]]
@@ -33,7 +33,8 @@ def encode(name: str, module: QuantizedLinear, model_dtype: str) -> Tensors:
     for part, tensor in _WRITERS[module.spec.scheme](name, module, model_dtype):
         yield f"{inner}.{part}", tensor
     if module.bias is not None:
-        yield f"{inner}.bias", module.bias.to(torch.float32)
+        own = module.spec.scheme == SPARSE_FLOAT
+        yield f"{inner}.bias", module.bias if own else module.bias.to(torch.float32)
 
 
 def _static(name: str, module: QuantizedLinear, model_dtype: str) -> Tensors:
@@ -48,7 +49,7 @@ def _static(name: str, module: QuantizedLinear, model_dtype: str) -> Tensors:
     yield "quant_bias", _quant_bias(name, module, deq_scale)
     yield "input_scale", module.input_scale
     yield "input_offset", module.input_offset.to(torch.float32)
-    if deq_scale_dtype(model_dtype) is torch.int64:
+    if deq_scale_dtype(module.spec.scheme, model_dtype) is torch.int64:
         # Scales are positive: widening keeps the upper half zero.
         deq_scale = deq_scale.view(torch.int32).to(torch.int64)
     yield "deq_scale", deq_scale
@@ -74,6 +75,11 @@ def _quant_bias(name: str, module: QuantizedLinear, deq_scale: Tensor) -> Tensor
             "which adds the bias as it is",
         )
     return value.to(torch.int32)
+
+
+def _plain(name: str, module: QuantizedLinear, model_dtype: str) -> Tensors:
+    """W16A16S: a weight that is float and sparse."""
+    yield "weight", module.codes
 
 
 def _mixed(name: str, module: QuantizedLinear, model_dtype: str) -> Tensors:
@@ -142,6 +148,8 @@ def _row_sums(codes: Tensor, slices: int = 1) -> Tensor:
 
 _WRITERS: Mapping[str, Callable[[str, QuantizedLinear, str], Tensors]] = {
     "W8A8": _static,
+    "W8A8S": _static,
+    SPARSE_FLOAT: _plain,
     "W8A8_MIX": _mixed,
     "W8A8_DYNAMIC": _scaled,
     "W8A16": _scaled,

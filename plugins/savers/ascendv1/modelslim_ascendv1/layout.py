@@ -11,16 +11,21 @@ import torch
 from modelslim.api import QuantSpec
 
 FLOAT_TYPE = "FLOAT"
+SPARSE_FLOAT = "W16A16S"
+SPARSE = (SPARSE_FLOAT, "W8A8S")
+"""The types of weights that another tool will compress."""
 DESCRIPTION = "quant_model_description.json"
 
 TYPES = (
     FLOAT_TYPE,
+    SPARSE_FLOAT,
     "W8A16",
     "W4A16",
     "W4A16_MXFP4",
     "W8A8_DYNAMIC",
     "W8A8_MIX",
     "W8A8",
+    "W8A8S",
     "W8A8FP8_DYNAMIC",
     "W8A8_MXFP8",
     "W4A8_DYNAMIC",
@@ -68,9 +73,12 @@ def groups_of(spec: QuantSpec, in_features: int) -> int:
     return in_features // spec.weight.group_size if spec.weight.group_size else 1
 
 
-def deq_scale_dtype(model_dtype: str) -> torch.dtype:
-    """How ``deq_scale`` is stored: as float32 for bfloat16 models, else as its bits, widened to int64."""
-    return torch.float32 if model_dtype == "bfloat16" else torch.int64
+def deq_scale_dtype(scheme: str, model_dtype: str) -> torch.dtype:
+    """How ``deq_scale`` is stored: as float32 for bfloat16 models, else as its bits, widened to int64.
+
+    W8A8S runs on hardware without bfloat16.
+    """
+    return torch.float32 if model_dtype == "bfloat16" and scheme != "W8A8S" else torch.int64
 
 
 def layout(
@@ -93,15 +101,15 @@ def layout(
         columns: inputs of the linear.
         groups: scales in a row.
         row_parallel: True when the engine cuts it along its inputs.
-        model_dtype: dtype of the model, such as ``bfloat16``.
+        model_dtype: dtype of the model, such as ``bfloat16``; of W16A16S that of the linear.
         has_bias: True when the linear has a bias.
         symmetric: True when the weight has no offset.
         has_multiplier: True when its input is multiplied.
     """
     scales = (rows, groups)
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    dtype: torch.dtype = getattr(torch, model_dtype)
     if scheme == "W4A16":
-        dtype: torch.dtype = getattr(torch, model_dtype)
         tensors = {
             "weight_packed": (torch.int32, (rows, columns // 8)),
             "weight_scale": (dtype, scales),
@@ -113,13 +121,15 @@ def layout(
         four = scheme.startswith("W4")
         codes = (torch.uint8, (rows, columns // 2)) if four else (torch.float8_e4m3fn, (rows, columns))
         tensors = {"weight": codes, "weight_scale": (torch.uint8, scales)}
-    elif scheme in ("W8A8", "W8A8_MIX"):
+    elif scheme == SPARSE_FLOAT:
+        tensors = {"weight": (dtype, (rows, columns))}
+    elif scheme in ("W8A8", "W8A8S", "W8A8_MIX"):
         tensors = {
             "weight": (torch.int8, (rows, columns)),
             "quant_bias": (torch.int32, (rows,)),
             "input_scale": (torch.float32, (1,)),
             "input_offset": (torch.float32, (1,)),
-            "deq_scale": (deq_scale_dtype(model_dtype), (rows,)),
+            "deq_scale": (deq_scale_dtype(scheme, model_dtype), (rows,)),
         }
         if scheme == "W8A8_MIX":
             tensors |= {"weight_scale": (torch.float32, scales), "weight_offset": (torch.float32, scales)}
@@ -133,11 +143,23 @@ def layout(
         if packed:
             tensors["scale_bias"] = (torch.float32, (rows, TP_SLICES if row_parallel else 1))
     if has_bias:
-        tensors["bias"] = (torch.float32, (rows,))
+        tensors["bias"] = (tensors["weight"][0] if scheme == SPARSE_FLOAT else torch.float32, (rows,))
     if has_multiplier:
         inner = {f"{INNER}.{part}": tensor for part, tensor in tensors.items()}
         return {MULTIPLIER: (torch.float32, (columns,)), **inner}
     return tensors
+
+
+def type_of(part: str, scheme: str) -> str:
+    """The type string of a tensor of a quantized linear.
+
+    Args:
+        part: the last part of its name, or ``MULTIPLIER``.
+        scheme: that of the linear.
+    """
+    if part == MULTIPLIER or (part == "bias" and scheme != SPARSE_FLOAT):
+        return FLOAT_TYPE
+    return scheme
 
 
 def _code_dtype(scheme: str) -> torch.dtype:

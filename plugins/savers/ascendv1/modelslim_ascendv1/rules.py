@@ -19,7 +19,7 @@ from modelslim.api import (
     scheme_in_words,
 )
 from modelslim_ascendv1.caches import check_caches
-from modelslim_ascendv1.layout import TP_SLICES, is_row_parallel
+from modelslim_ascendv1.layout import SPARSE_FLOAT, TP_SLICES, is_row_parallel
 from modelslim_ascendv1.schemes import refusals
 
 
@@ -36,6 +36,7 @@ def find_problems(model: PlannedModel) -> list[Problem]:
         *_prefixes(linears, model),
         *check_caches(model),
         *_float32_static(storable, model),
+        *_float32_sparse(storable),
     ]
 
 
@@ -112,11 +113,8 @@ def _group_size(linears: Iterable[PlannedLinear]) -> Iterator[Problem]:
 
 def _added_biases(linears: Iterable[PlannedLinear], model: PlannedModel) -> Iterator[Problem]:
     """A bias that the architecture does not have reaches the engine inside ``quant_bias`` only."""
-    lost = [
-        linear
-        for linear in linears
-        if linear.info.name in model.added_biases and (linear.spec is None or linear.spec.scheme != "W8A8")
-    ]
+    added = [linear for linear in linears if linear.info.name in model.added_biases]
+    lost = [linear for linear in added if linear.spec is None or linear.spec.scheme not in ("W8A8", "W8A8S")]
     if lost:
         quantized = [linear.info.name for linear in lost if linear.spec is not None]
         yield Problem(
@@ -148,6 +146,18 @@ def _prefixes(linears: Sequence[PlannedLinear], model: PlannedModel) -> Iterator
             f"name of a float weight, here {first.parent}{clash}",
             hint=f"exclude {last}, or quantize {clash.lstrip('.').removesuffix('.weight')} too",
             linear=first.info.name,
+        )
+
+
+def _float32_sparse(linears: Iterable[PlannedLinear]) -> Iterator[Problem]:
+    members = [one for one in linears if one.spec is not None and one.spec.scheme == SPARSE_FLOAT]
+    wide = [one for one in members if one.info.dtype not in ("bfloat16", "float16")]
+    if wide:
+        yield Problem(
+            f"{SPARSE_FLOAT} is for weights of 16 bits, and these are {wide[0].info.dtype} ({listed(wide)})",
+            hint="what compresses them may not take them; save the model in bfloat16 or float16 first",
+            linear=wide[0].info.name,
+            fatal=False,
         )
 
 

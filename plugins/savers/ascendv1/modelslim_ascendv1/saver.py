@@ -33,11 +33,13 @@ from modelslim_ascendv1.layout import (
     DESCRIPTION,
     FLOAT_TYPE,
     MULTIPLIER,
+    SPARSE_FLOAT,
     TYPES,
     groups_of,
     is_row_parallel,
     layout,
     sizes,
+    type_of,
 )
 from modelslim_ascendv1.rules import find_problems
 from modelslim_ascendv1.schemes import refusals
@@ -58,6 +60,7 @@ class AscendV1Saver(Saver):
     engine = "vllm-ascend"
     stores_multipliers = True
     stores_caches = True
+    stores_sparse = True
 
     def __init__(self, part_file_size: float = 4) -> None:
         self._max_shard_bytes = ceil(part_file_size * _GIB)
@@ -109,7 +112,7 @@ class AscendV1Saver(Saver):
             linear.in_features,
             groups_of(spec, linear.in_features),
             row_parallel=is_row_parallel(linear.stored),
-            model_dtype=model_dtype,
+            model_dtype=linear.dtype if spec.scheme == SPARSE_FLOAT else model_dtype,
             has_bias=linear.has_bias,
             symmetric=spec.weight.symmetric,
             has_multiplier=linear.has_multiplier,
@@ -145,8 +148,8 @@ class AscendV1Saver(Saver):
             if record.cache is not None:
                 description[record.name] = CACHE_TYPE
                 continue
-            spec = None if record.name.endswith((".bias", f".{MULTIPLIER}")) else record.spec
-            description[record.name] = FLOAT_TYPE if spec is None else spec.scheme
+            part = MULTIPLIER if record.name.endswith(f".{MULTIPLIER}") else record.name.rpartition(".")[2]
+            description[record.name] = FLOAT_TYPE if record.spec is None else type_of(part, record.spec.scheme)
         return {DESCRIPTION: description}
 
     def edit_config(

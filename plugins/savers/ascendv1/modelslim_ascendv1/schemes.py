@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from modelslim.api import QuantSpec, TensorSpec
+from modelslim.api import QuantSpec, TensorSpec, scheme_in_words
+from modelslim_ascendv1.layout import SPARSE
 
 
 class Refusal(NamedTuple):
@@ -24,6 +25,10 @@ class Refusal(NamedTuple):
 def refusals(spec: QuantSpec) -> Iterator[Refusal]:
     """Everything about the scheme that the format does not have; nothing when it can be stored."""
     weight, activation = spec.weight, spec.activation
+    if weight.sparse:
+        if spec.scheme not in SPARSE or not weight.symmetric or weight.scope != "per_channel":
+            yield Refusal(f"sparse {scheme_in_words(spec)}", "use float_sparse or lowbit_sparse as they are")
+        return
     if not weight.is_integer:
         yield from _floating(weight, activation)
         return

@@ -48,6 +48,8 @@ SPECS: Mapping[str, QuantSpec] = {
     "mxfp4": QuantSpec(MXFP4, MXFP4),
     "w4a8-mxfp": QuantSpec(MXFP4, MXFP8),
     "w4a16-mxfp4": QuantSpec(MXFP4, FLOAT),
+    "w16a16s": QuantSpec(TensorSpec("float", "per_channel", sparse=True), FLOAT),
+    "w8a8s": QuantSpec(TensorSpec("int8", "per_channel", sparse=True), STATIC),
 }
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -62,7 +64,10 @@ def make_linear(
     weight = torch.randn(rows, columns, generator=generator) * 0.1 + (0 if spec_w.symmetric else 0.05)
     groups = weight.view(rows, -1, spec_w.group_size or columns)
     offset = None
-    if not spec_w.is_integer:
+    if spec_w.is_float:
+        scale = torch.ones(rows, 1)
+        codes = torch.where(weight.abs() > 0.03, weight, 0.0).to(dtype)
+    elif not spec_w.is_integer:
         # A power of two is exact in any dtype.
         scale = torch.exp2((groups.abs().amax(-1) / (256 if spec_w.bits == 8 else 4)).log2().floor())
         codes = to_codes(groups / scale.unsqueeze(-1), spec_w)

@@ -309,3 +309,29 @@ def test_experts_that_stay_one_tensor_are_warned_of(specs: Specs, planned: Plan)
     apart = {f"{EXPERTS}.0.{name}": specs["dynamic"] for name in ("gate_proj", "up_proj", "down_proj")}
     assert check(planned(apart, tensors=tensors)) == []
     assert check(planned({"a.o_proj": None}, tensors=tensors)) == []
+
+
+@pytest.mark.parametrize("scheme", ["w16a16s", "w8a8s"])
+def test_sparse_types_are_written_though_the_engine_has_none(scheme: str, specs: Specs, planned: Plan) -> None:
+    problem = only(planned({"a.o_proj": specs[scheme]}))
+    assert not problem.fatal
+    assert f"vLLM-Ascend has no {scheme.upper()}; it will not load a.o_proj" in problem.message
+
+
+def test_sparse_float_weights_of_32_bits_are_warned_of(specs: Specs, planned: Plan) -> None:
+    found = check(planned({"a.o_proj": specs["w16a16s"]}, dtype="float32"))
+    assert [problem.fatal for problem in found] == [False, False]
+    assert "W16A16S is for weights of 16 bits, and these are float32 (a.o_proj)" in found[0].message
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(TensorSpec("int8", "per_channel", sparse=True), TOKEN),
+        QuantSpec(TensorSpec("int8", "per_channel", symmetric=False, sparse=True), STATIC),
+        QuantSpec(TensorSpec("int4", "per_channel", sparse=True), FLOAT),
+    ],
+)
+def test_other_sparse_schemes_have_no_type(spec: QuantSpec, planned: Plan) -> None:
+    problem = next(one for one in check(planned({"a.o_proj": spec})) if one.fatal)
+    assert "ascendv1 has no type for sparse W" in problem.message

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelslim.api import ModelError, PlannedModel, QuantizedLinear, QuantSpec, TensorRecord
+from modelslim.api import ModelError, PlannedModel, QuantizedLinear, QuantSpec, TensorRecord, TensorSpec
 from modelslim_ascendv1.saver import AscendV1Saver
 
 NAME = "model.layers.0.mlp.down_proj"
@@ -84,7 +84,8 @@ def test_decoded_module_is_the_encoded_one(
     assert equal(decoded.input_scale, module.input_scale)
     assert equal(decoded.input_offset, module.input_offset)
     assert equal(decoded.offset, module.offset)
-    assert equal(decoded.bias, None if module.bias is None else module.bias.float())
+    held = module.bias if module.bias is None or spec.weight.is_float else module.bias.float()
+    assert equal(decoded.bias, held)
 
     again = dict(AscendV1Saver().encode(name, decoded, model_dtype))
     assert all(equal(tensors[key], tensor) for key, tensor in again.items())
@@ -213,3 +214,15 @@ def test_directory_is_recognized_by_its_description(tmp_path: Path) -> None:
     assert not AscendV1Saver.recognizes(tmp_path)
     (tmp_path / DESCRIPTION).write_text("{}", encoding="utf-8")
     assert AscendV1Saver.recognizes(tmp_path)
+
+
+def test_sparse_float_linear_keeps_its_dtype_and_gives_its_type_to_the_bias(
+    linear: Callable[..., QuantizedLinear], tmp_path: Path
+) -> None:
+    module = linear(QuantSpec(TensorSpec("float", "per_channel", sparse=True)), "bfloat16")
+    tensors = write(tmp_path, {"model.layers.0.mlp.up_proj": module}, "bfloat16")
+    types = json.loads((tmp_path / "quant_model_description.json").read_text())
+    for part in ("weight", "bias"):
+        name = f"model.layers.0.mlp.up_proj.{part}"
+        assert (tensors[name].dtype, types[name]) == (torch.bfloat16, "W16A16S")
+    assert types["model_quant_type"] == "W16A16S"

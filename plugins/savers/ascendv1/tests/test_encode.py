@@ -96,6 +96,8 @@ def read_weight(tensors: Mapping[str, Tensor], scheme: str) -> Array:
         scale = 2.0 ** (wide(stored) - 127)
         values = read_floats(tensors["weight"], scheme)
         return np.asarray((values.reshape(*scale.shape, 32) * scale[..., None]).reshape(values.shape))
+    if scheme == "W16A16S":
+        return wide(tensors["weight"])
     if "FP8" in scheme:
         assert not tensors["weight_offset"].any()
         return np.asarray(read_floats(tensors["weight"], scheme) * wide(tensors["weight_scale"]))
@@ -125,7 +127,7 @@ def float_inputs(x: Array, spec: TensorSpec) -> Array:
 
 def engine_forward(tensors: Mapping[str, Tensor], spec: QuantSpec, x: Array) -> Array:
     bias = wide(tensors["bias"]) if "bias" in tensors else 0.0
-    if spec.scheme == "W8A8" or (spec.scheme == "W8A8_MIX" and len(x) == 1):
+    if spec.scheme in ("W8A8", "W8A8S") or (spec.scheme == "W8A8_MIX" and len(x) == 1):
         # The bias tensor is loaded by the engine and not added: quant_bias holds it.
         quantized = np.rint(x / wide(tensors["input_scale"]) + wide(tensors["input_offset"])).clip(-128, 127)
         sums = quantized @ read_codes(tensors, "W8A8").T.astype(np.float64) + wide(tensors["quant_bias"])
@@ -155,7 +157,7 @@ def test_engine_computes_from_the_tensors_what_the_module_computes(
     actual = wide(module(x))
 
     rounding = torch.finfo(dtype).eps * 8 * np.abs(expected).max()
-    if spec.scheme == "W8A8":  # quant_bias is the bias to the nearest integer
+    if spec.scheme in ("W8A8", "W8A8S"):  # quant_bias is the bias to the nearest integer
         rounding = rounding + 0.5001 * read_deq_scale(tensors["deq_scale"])
     assert (np.abs(actual - expected) <= rounding).all()
 
@@ -333,3 +335,11 @@ def test_rows_of_more_than_a_block_are_packed_in_pairs() -> None:
     nibbles = codes.int() & 15
     assert torch.equal(pack_rows(codes).int() & 255, nibbles[::2] | nibbles[1::2] << 4)
     assert torch.equal(unpack_rows(pack_rows(codes)), codes)
+
+
+def test_w8a8s_stores_deq_scale_as_its_bits_also_for_bfloat16(linear: Callable[..., QuantizedLinear]) -> None:
+    spec = QuantSpec(TensorSpec("int8", "per_channel", sparse=True), TensorSpec("int8", "per_tensor"))
+    tensors = store(linear(spec, "bfloat16", bias=False), "bfloat16")
+    assert tensors.keys() == {"weight", "quant_bias", "input_scale", "input_offset", "deq_scale"}
+    assert tensors["deq_scale"].dtype == torch.int64
+    assert read_deq_scale(tensors["deq_scale"]).max() < 1
