@@ -52,6 +52,7 @@ from modelslim.scales import (
     to_codes,
     whole_scale,
 )
+from modelslim.seen import no_token, not_finite, seen_gram, seen_range, static_scale
 from modelslim.statistics import (
     ChannelAbsMean,
     ChannelEnergy,
@@ -156,6 +157,8 @@ __all__ = [
     "listed",
     "multiply_inputs",
     "nearest",
+    "no_token",
+    "not_finite",
     "one_thread",
     "pack_bits",
     "parse_activation",
@@ -165,7 +168,10 @@ __all__ = [
     "range_to_scale",
     "rounded_inputs",
     "scheme_in_words",
+    "seen_gram",
+    "seen_range",
     "spread",
+    "static_scale",
     "to_codes",
     "to_e8m0",
     "to_signed",

@@ -18,7 +18,6 @@ from modelslim.api import (
     LinearInfo,
     Pattern,
     Problem,
-    QuantizationError,
     QuantizedExperts,
     QuantizedLinear,
     QuantSpec,
@@ -30,7 +29,8 @@ from modelslim.api import (
     carry_input_multiplier,
     check_group_sizes,
     choose_samples,
-    range_to_scale,
+    seen_range,
+    static_scale,
 )
 from modelslim_autoround.config import AutoRoundConfig
 from modelslim_autoround.simulated import InputRounding, SimulatedExperts, SimulatedLinear
@@ -202,19 +202,7 @@ def _rounding(name: str, linear: nn.Module, spec: QuantSpec, statistics: UnitSta
 
 def _static(observed: TensorRange, spec: TensorSpec, linear: str) -> tuple[Tensor, Tensor]:
     """Scale float32 [1] and offset int8 [1] of an input whose range was observed."""
-    if observed.minimum is None or observed.maximum is None:
-        raise QuantizationError(
-            f"{linear}: no calibration token reached it, so its static activation scale is unknown",
-            hint="calibrate on more varied data, exclude it, or quantize its activations per_token",
-        )
-    low, high = observed.minimum.view(1), observed.maximum.view(1)
-    if not (torch.isfinite(low) & torch.isfinite(high)).item():
-        raise QuantizationError(
-            f"{linear}: its input holds NaN or infinity during calibration",
-            hint="run the float model on the same data first; in float16 an overflow is likely, bfloat16 has none",
-        )
-    scale, offset = range_to_scale(low, high, spec)
-    return scale, torch.zeros_like(scale, dtype=torch.int8) if offset is None else offset
+    return static_scale(*seen_range(observed, linear, "quantize its activations per_token"), spec)
 
 
 @contextmanager

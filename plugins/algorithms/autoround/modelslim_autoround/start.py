@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modelslim.api import QuantizationError, TensorSpec, one_thread, range_to_scale
+from modelslim.api import TensorSpec, not_finite, one_thread, range_to_scale
 
 RATIOS = tuple(1 - 0.03 * index for index in range(20))
 """The shares of the full range that are tried."""
@@ -99,10 +99,7 @@ def factor(gram: Tensor, linear: str) -> Factor:
             break
         damping *= 10
         if damping > _MOST_DAMPING:
-            raise QuantizationError(
-                f"{linear}: its input holds NaN or infinity during calibration",
-                hint="run the float model on the same data first; in float16 an overflow is likely, bfloat16 has none",
-            )
+            raise not_finite(linear)
     upper = lower.flip(0, 1).t().contiguous()
     return Factor(order, upper / upper.diagonal().unsqueeze(1))
 

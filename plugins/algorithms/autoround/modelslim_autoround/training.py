@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelslim.api import ALONE, ProcessRequest, QuantizationError, Ranks
+from modelslim.api import ALONE, ProcessRequest, Ranks, not_finite
 from modelslim_autoround.config import Training
 from modelslim_autoround.weight import State, TrainedWeight
 
@@ -89,10 +89,7 @@ class Descent:
         found = {index: error for part in self._ranks.gather(own) for index, error in part.items()}
         error = math.fsum(found.values())
         if not math.isfinite(error):
-            raise QuantizationError(
-                f"{self._unit}: its output holds NaN or infinity during calibration",
-                hint="run the float model on the same data first; in float16 an overflow is likely, bfloat16 has none",
-            )
+            raise not_finite(self._unit, "output")
         return error
 
     def run(self) -> None:

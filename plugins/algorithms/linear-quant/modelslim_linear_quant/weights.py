@@ -9,11 +9,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modelslim.api import ChannelEnergy, ExpertLinear, Gram, QuantizedTensor, Statistic, Unit, UnitStatistics
+from modelslim.api import (
+    ChannelEnergy,
+    ExpertLinear,
+    Gram,
+    QuantizedTensor,
+    Statistic,
+    Unit,
+    UnitStatistics,
+    no_token,
+    not_finite,
+    seen_gram,
+)
 from modelslim_linear_quant import floats, gptq, mse, ssz
 from modelslim_linear_quant.config import WeightMethod
 from modelslim_linear_quant.minmax import WeightRounder
-from modelslim_linear_quant.static import no_token, not_finite
+from modelslim_linear_quant.static import UNCALIBRATED
 
 
 @dataclass(frozen=True)
@@ -86,9 +97,9 @@ class UnitRounder:
                 whole, percdamp = gptq.quantize_experts(_weight(unit.linears[name]), grams, spec.weight, self._method)
                 done[name] = Rounded(whole, gptq.notes(percdamp, self._method))
             else:
-                ports.setdefault(id(_gram(statistics.get(name, Gram), name)), []).append(name)
+                ports.setdefault(id(_seen(statistics, name)), []).append(name)
         for names in ports.values():
-            gram = _gram(statistics.get(names[0], Gram), names[0])
+            gram = _seen(statistics, names[0])
             factor = gptq.factorize(gram, self._method)
             notes = gptq.notes(factor.percdamp, self._method)
             for scheme in dict.fromkeys(unit.specs[name].weight for name in names):
@@ -124,24 +135,20 @@ def _largest_of_port(name: str, unit: Unit, statistics: UnitStatistics) -> Tenso
     return torch.stack(largest).amax().view(1)
 
 
+def _seen(statistics: UnitStatistics, name: str) -> Tensor:
+    """The Gram matrix of a linear's input; the same tensor for linears of one input."""
+    return seen_gram(statistics.get(name, Gram), name, UNCALIBRATED)
+
+
 def _expert_grams(bank: str, statistics: UnitStatistics) -> list[Tensor]:
     grams = statistics.get_experts(bank, Gram)
-    return [_gram(gram, f"{bank}, expert {index}") for index, gram in enumerate(grams)]
+    return [seen_gram(gram, f"{bank}, expert {index}", UNCALIBRATED) for index, gram in enumerate(grams)]
 
 
 def _energy(observed: ChannelEnergy, linear: str) -> Tensor:
     """The energies of an input, float32, which must have been seen and be finite."""
     if observed.squares is None:
-        raise no_token(linear, "what its errors cost")
+        raise no_token(linear, "what its errors cost", UNCALIBRATED)
     if not observed.squares.isfinite().all():
         raise not_finite(linear)
     return observed.squares.to(torch.float32)
-
-
-def _gram(observed: Gram, linear: str) -> Tensor:
-    """The Gram matrix of an input, which must have been seen and be finite."""
-    if observed.matrix is None:
-        raise no_token(linear, "what its errors cost")
-    if not observed.matrix.diagonal().isfinite().all():
-        raise not_finite(linear)
-    return observed.matrix

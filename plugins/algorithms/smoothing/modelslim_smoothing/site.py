@@ -14,13 +14,14 @@ from modelslim.api import (
     ChannelAbsMean,
     ChannelRange,
     ExpertLinear,
-    QuantizationError,
     RowSample,
     Statistic,
     Subgraph,
     Unit,
     UnitStatistics,
     multiply_inputs,
+    no_token,
+    not_finite,
 )
 from modelslim_smoothing import fold
 from modelslim_smoothing.scales import largest_per_source, limit, per_source, per_target
@@ -94,10 +95,7 @@ class Site:
         low = self._gather(statistics, ChannelRange, lambda one: one.minimum).amin(0)
         high = self._gather(statistics, ChannelRange, lambda one: one.maximum).amax(0)
         if not (low.isfinite() & high.isfinite()).all():
-            raise QuantizationError(
-                f"{self.ports[0]}: its input holds NaN or infinity during calibration",
-                hint="run the float model on the same data first; in float16 an overflow is likely, bfloat16 has none",
-            )
+            raise not_finite(self.ports[0])
         return low, high
 
     def means(self, statistics: UnitStatistics) -> Tensor:
@@ -176,10 +174,7 @@ class Site:
         ports = [[value(one) for one in port] for port in self._ports(statistics, kind)]
         known = [one for port in ports for one in port if one is not None]
         if not known:
-            raise QuantizationError(
-                f"{self.ports[0]}: no calibration token reached it, so the scale of its inputs is unknown",
-                hint="calibrate on more varied data, or exclude it",
-            )
+            raise no_token(self.ports[0], "the scale of its inputs")
         if self.per_expert:
             # An expert that saw nothing counts as dead, and keeps the scale 1.
             dead = torch.zeros_like(known[0])

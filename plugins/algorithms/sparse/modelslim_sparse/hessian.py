@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modelslim.api import Gram, QuantizationError, UnitStatistics
+from modelslim.api import Gram, UnitStatistics, seen_gram
 
 DAMPING = 0.01
 """Added to the diagonal, which is 1; tenfold until there is a decomposition."""
@@ -78,12 +78,12 @@ def gram_of(name: str, statistics: UnitStatistics) -> Tensor:
     Raises:
         QuantizationError: no token reached the linear, or its input is not finite.
     """
-    return _checked(statistics.get(name, Gram), name)
+    return seen_gram(statistics.get(name, Gram), name)
 
 
 def expert_grams(bank: str, statistics: UnitStatistics) -> Sequence[Tensor]:
     """The same of every expert of a layer."""
-    return [_checked(one, f"{bank}, expert {index}") for index, one in enumerate(statistics.get_experts(bank, Gram))]
+    return [seen_gram(one, f"{bank}, expert {index}") for index, one in enumerate(statistics.get_experts(bank, Gram))]
 
 
 def notes(damping: Tensor) -> tuple[str, ...]:
@@ -91,17 +91,3 @@ def notes(damping: Tensor) -> tuple[str, ...]:
     if not bool((damping > DAMPING).any()):
         return ()
     return (f"the damping was raised from {DAMPING:g} to {float(damping.max()):g}, X^T X being singular",)
-
-
-def _checked(observed: Gram, linear: str) -> Tensor:
-    if observed.matrix is None:
-        raise QuantizationError(
-            f"{linear}: no calibration token reached it, so what its errors cost is unknown",
-            hint="calibrate on more varied data, or exclude it",
-        )
-    if not observed.matrix.diagonal().isfinite().all():
-        raise QuantizationError(
-            f"{linear}: its input holds NaN or infinity during calibration",
-            hint="run the float model on the same data first; in float16 an overflow is likely, bfloat16 has none",
-        )
-    return observed.matrix.to(torch.float32)

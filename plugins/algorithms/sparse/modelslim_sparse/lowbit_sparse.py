@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modelslim.api import (
     Algorithm,
     Gram,
     LinearInfo,
     Pattern,
-    QuantizationError,
     QuantizedLinear,
     QuantSpec,
     Selector,
@@ -23,7 +22,8 @@ from modelslim.api import (
     TensorSpec,
     Unit,
     UnitStatistics,
-    range_to_scale,
+    seen_range,
+    static_scale,
 )
 from modelslim_sparse.hessian import by_port, decompose, gram_of, notes
 from modelslim_sparse.low_bits import quantize
@@ -76,18 +76,7 @@ class LowbitSparse(Algorithm):
                 assert isinstance(linear, nn.Linear)
                 weight = quantize(linear.weight.detach().to(torch.float32), hessian, spec.weight, self._fraction)
                 bias = None if linear.bias is None else linear.bias.detach().clone()
-                scale, offset = _input_scale(name, statistics, spec.activation)
+                low, high = seen_range(statistics.get(name, TensorRange), name)
+                scale, offset = static_scale(low, high, spec.activation)
                 made[name] = QuantizedLinear(weight, spec, bias, scale, offset, notes=notes(hessian.damping))
         return {name: made[name] for name in unit.specs}
-
-
-def _input_scale(name: str, statistics: UnitStatistics, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-    """Scale float32 [1] and offset int8 [1] on the range of the input."""
-    observed = statistics.get(name, TensorRange)
-    if observed.minimum is None or observed.maximum is None:
-        raise QuantizationError(
-            f"{name}: no calibration token reached it, so its static activation scale is unknown",
-            hint="calibrate on more varied data, or exclude it",
-        )
-    scale, offset = range_to_scale(observed.minimum.view(1), observed.maximum.view(1), spec)
-    return scale, torch.zeros_like(scale, dtype=torch.int8) if offset is None else offset
