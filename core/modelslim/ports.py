@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -107,11 +107,26 @@ class PortCollector:
     def exchange(self, ranks: Ranks) -> None:
         """Merge the groups that all ranks hold, as many at each: the first of each rank, then the second of each."""
         if self._needs:
+            self._condense()
             everywhere = ranks.gather([self._state(part) for part in self._held])
             for states in zip(*everywhere, strict=True):
                 for state in states:
                     self._merge(self._part_from(state))
         self._held.clear()
+
+    def _condense(self) -> None:
+        """Leave of the groups that are held what is kept of them together."""
+        same: dict[Hashable, list[Statistic]] = {}
+        for part in self._held:
+            for names, port in _by_port(part.ports):
+                for kind, statistic in port.items():
+                    same.setdefault((kind, *names), []).append(statistic)
+            for name, ports in part.experts.items():
+                for expert, port in ports.items():
+                    for kind, statistic in port.items():
+                        same.setdefault((kind, name, expert), []).append(statistic)
+        for found in same.values():
+            type(found[0]).condense(found)
 
     @property
     def groups_at_once(self) -> int:

@@ -49,6 +49,14 @@ class Statistic(ABC):
         """
         raise TypeError(f"{type(self).__name__} does not follow a rescaling")
 
+    @classmethod  # noqa: B027  (most keep all that they have)
+    def condense(cls, statistics: Sequence[Statistic]) -> None:
+        """Drop what the merged one of these, and of others, will not keep; before they are sent to other ranks.
+
+        Args:
+            statistics: of this class, of which each has seen other tokens of one input.
+        """
+
 
 class TokenCount(Statistic):
     """How many tokens passed the port."""
@@ -305,10 +313,11 @@ class Gram(Statistic):
 
 
 class RowSample(Statistic):
-    """Some tokens as they are, spread evenly over all batches.
+    """Some tokens as they are, spread evenly over all that came by.
 
-    The sample of one pass is the same for the same data; every ``stride``-th token is kept, and the
-    stride doubles when the sample is full.
+    Every token has a key that depends on its place alone, and those with the lowest keys are kept, of equal ones the
+    first (bottom-k sampling: Cohen and Kaplan, "Summarizing data using bottom-k sketches", 2007). So it does not
+    matter how batches and samples are grouped: what is kept of all is kept of each part.
 
     Attributes:
         capacity: how many tokens are kept at most.
@@ -318,56 +327,89 @@ class RowSample(Statistic):
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
-        self._stride = 1
+        self._keys: list[Tensor] = []
+        self._bound = _KEYS
         self._seen = 0
 
     def update(self, x: Tensor) -> None:
         """Keep some tokens of a batch."""
-        while self._kept + len(range(self._first, len(x), self._stride)) > self.capacity:
-            self._thin()
-        rows = x[self._first :: self._stride]
+        places = torch.arange(self._seen, self._seen + len(x))
         self._seen += len(x)
-        if len(rows):
-            self._parts.append(rows.clone())
+        keys = (places * _STEP + _START) % _KEYS
+        chosen = self._choose(keys)
+        self._add(x[chosen.to(x.device)], keys[chosen])
 
     def merge(self, other: Statistic) -> None:
         """Add what another instance keeps."""
         assert isinstance(other, RowSample)
-        stride = max(self._stride, other._stride)  # both keep one token of as many then
-        self._parts = [*self._every(stride // self._stride), *other._every(stride // other._stride)]
-        self._seen += other._seen
-        self._stride = stride
-        while self._kept > self.capacity:
-            self._thin()
+        for part, keys in zip(other._parts, other._keys, strict=True):
+            keys = keys.to("cpu")  # from another rank they come to this one's device
+            chosen = self._choose(keys)
+            self._add(part if len(chosen) == len(part) else part[chosen.to(part.device)], keys[chosen])
 
     def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> RowSample:
         """The same tokens after the rescaling, in float32."""
         result = type(self)()
+        vars(result).update(vars(self), _keys=list(self._keys))
         result._parts = [_rescale(part, scale, shift) for part in self._parts]
-        result._stride, result._seen = self._stride, self._seen
         return result
+
+    @classmethod
+    def condense(cls, samples: Sequence[Statistic]) -> None:
+        """Drop what is not among the lowest keys of all."""
+        held = [one for one in samples if isinstance(one, RowSample)]
+        keys = [key for one in held for key in one._keys]
+        if sum(map(len, keys)) > held[0].capacity:
+            bound = int(torch.cat(keys).kthvalue(held[0].capacity).values)
+            for one in held:
+                one._keep([key <= bound for key in one._keys])
 
     @property
     def rows(self) -> Tensor | None:
-        """[kept tokens, channels]; None before the first token."""
+        """[kept tokens, channels], in the order in which they came; None before the first token."""
+        self._thin()
         return torch.cat(self._parts) if self._parts else None
 
-    def _every(self, step: int) -> list[Tensor]:
-        """Every ``step``-th of the kept tokens."""
-        return self._parts if step == 1 or not self._parts else [torch.cat(self._parts)[::step].clone()]
+    def _choose(self, keys: Tensor) -> Tensor:
+        """Places of those that may be kept, in their order."""
+        chosen = (keys < self._bound).nonzero().view(-1)
+        return chosen if len(chosen) <= self.capacity else chosen[_lowest(keys[chosen], self.capacity)]
+
+    def _add(self, rows: Tensor, keys: Tensor) -> None:
+        if len(keys):
+            self._parts.append(rows)
+            self._keys.append(keys)
+        if sum(map(len, self._keys)) > 2 * self.capacity:  # not each time, since all rows are copied
+            self._thin()
 
     def _thin(self) -> None:
-        self._parts = self._every(2)
-        self._stride *= 2
+        """Keep no more than the capacity."""
+        keys = torch.cat(self._keys) if self._keys else torch.empty(0)
+        if len(keys) > self.capacity:
+            is_kept = torch.zeros(len(keys), dtype=torch.bool)
+            is_kept[_lowest(keys, self.capacity)] = True
+            self._bound = int(keys[is_kept].max())
+            self._keep(torch.split(is_kept, list(map(len, self._keys))))
 
-    @property
-    def _kept(self) -> int:
-        return sum(map(len, self._parts))
+    def _keep(self, masks: Sequence[Tensor]) -> None:
+        """Keep these rows of each part."""
+        parts, keys = [], []
+        for part, key, mask in zip(self._parts, self._keys, masks, strict=True):
+            chosen = mask.nonzero().view(-1)
+            if len(chosen):
+                parts.append(part if len(chosen) == len(part) else part[chosen.to(part.device)])
+                keys.append(key[chosen])
+        self._parts, self._keys = parts, keys
 
-    @property
-    def _first(self) -> int:
-        """Place of the next token that is kept, in the batch that comes."""
-        return -self._seen % self._stride
+
+_KEYS = 1 << 32
+_STEP, _START = 2654435769, 1 << 31
+"""Multiples of the golden ratio, whose lowest lie evenly apart, and not at the first token, which is like no other."""
+
+
+def _lowest(keys: Tensor, count: int) -> Tensor:
+    """Places of the lowest keys, of equal ones the first, in their order."""
+    return keys.sort(stable=True).indices[:count].sort().values
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:

@@ -228,26 +228,46 @@ def test_row_sample_is_spread_evenly_over_all_tokens(lengths: list[int]) -> None
     total = sum(lengths)
     every = torch.arange(total, dtype=torch.float32).view(-1, 1)
     rows = present(observed(RowSample, every.split(lengths)).rows).flatten()
-    assert min(total, RowSample.capacity // 2) <= len(rows) <= RowSample.capacity
-    gaps = rows.diff()
-    assert float(rows[0]) == 0
-    assert (gaps == gaps[0]).all()
-    assert float(rows[-1]) + float(gaps[0]) >= total
-    again = present(observed(RowSample, every.split(lengths)).rows).flatten()
-    assert torch.equal(rows, again)
+    assert len(rows) == min(total, RowSample.capacity)
+    gaps = torch.cat([torch.tensor([-1.0]), rows, torch.tensor([float(total)])]).diff()
+    assert gaps.min() >= 1 and gaps.max() <= 3 * total / len(rows)  # in the order in which they came
     assert torch.equal(rows, present(observed(RowSample, [every]).rows).flatten())  # however they are batched
 
 
-def test_row_samples_merge_within_the_capacity() -> None:
-    parts = [torch.arange(start, start + 700.0).view(-1, 1) for start in (0, 1000, 2000)]
+def test_row_sample_does_not_favour_the_first_token_of_texts_whose_lengths_are_powers_of_two() -> None:
+    every = (torch.arange(128 * 512) % 512).float().view(-1, 1)
+    rows = present(observed(RowSample, every.split(4096)).rows)
+    assert int((rows == 0).sum()) <= 2
+
+
+def numbered(group: int, length: int) -> Tensor:
+    return torch.arange(length).view(-1, 1) + 10_000.0 * group
+
+
+@pytest.mark.parametrize("lengths", [[700, 700, 700], [4096] * 9, [3] * 200, [1, 5000, 40, 900], [0, 20, 0]], ids=str)
+def test_row_samples_merge_to_the_same_whichever_ranks_hold_them(lengths: list[int]) -> None:
+    def sample(group: int) -> RowSample:
+        return observed(RowSample, [numbered(group, lengths[group])])
+
     whole = RowSample()
-    for part in parts:
-        whole.merge(observed(RowSample, [part]))
-    rows = present(whole.rows).flatten()
-    assert len(rows) <= RowSample.capacity
-    for start in (0, 1000, 2000):  # all have a share
-        assert int(((rows >= start) & (rows < start + 700)).sum()) >= 25
-    assert len(rows.unique()) == len(rows)
+    for group in range(len(lengths)):
+        whole.merge(sample(group))
+    rows = present(whole.rows)
+    assert len(rows) == min(sum(lengths), RowSample.capacity) == len(rows.unique())
+    for group, length in enumerate(lengths):  # each has its share
+        share = int(((rows >= 10_000.0 * group) & (rows < 10_000.0 * (group + 1))).sum())
+        assert share >= min(length, len(rows) * length // sum(lengths) // 4)
+    for ranks in (2, 3):
+        held = [[sample(group) for group in range(rank, len(lengths), ranks)] for rank in range(ranks)]
+        for samples in held:
+            if samples:
+                RowSample.condense(samples)
+                kept = [len(found) for one in samples if (found := one.rows) is not None]
+                assert sum(kept) <= RowSample.capacity + len(lengths)  # those of one key stay together
+        shared = RowSample()
+        for group in range(len(lengths)):
+            shared.merge(held[group % ranks][group // ranks])
+        assert torch.equal(present(shared.rows), rows)
 
 
 def test_row_sample_is_a_copy() -> None:

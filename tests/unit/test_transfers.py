@@ -457,4 +457,6 @@ def test_at_most_two_units_are_on_the_device(
     quantize(path, tmp_path / "late", config, device="cpu")
     assert late.highest == 2 * unit
     assert late.held == 0
-    assert {name.split("_")[0] for name in late.waits} == {"reader", "writer"}
+    # KL per layer is read at the end, when the last unit has left the device.
+    others = [name.split("_")[0] for name in late.waits if name != "MainThread"]
+    assert set(others) == {"reader", "writer"} and len(late.waits) - len(others) <= 1

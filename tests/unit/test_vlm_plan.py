@@ -257,6 +257,8 @@ def test_a_run_hands_the_samples_to_the_adapter(
     assert pictures.received == [
         VlmCalibSample("one", f"{images}/a.jpg"),
         VlmCalibSample(DEFAULT, f"{images}/b.png"),
+        VlmCalibSample("one"),  # texts alone, for KL per layer
+        VlmCalibSample(DEFAULT),
     ]
     assert (report["adapter"], report["samples"], report["dataset"]) == ("llama", 2, str(images))
     assert report["schemes"] == {"W8A8": 21}

@@ -10,7 +10,7 @@ from torch import nn
 
 from modelslim.quantized import QuantizedLinear
 from modelslim.ranks import Ranks
-from modelslim.statistics import UnitStatistics
+from modelslim.statistics import Gram, UnitStatistics
 from modelslim.wire import linear_from, linear_state
 
 T = TypeVar("T")
@@ -42,7 +42,8 @@ class Shares:
             else:
                 fitting.append(name)
         loads = [0] * ranks.size
-        costs = [(_cost(linears, group), group) for group in groups]
+        compensated = {name for name, _ in statistics.measured(Gram)}
+        costs = [(sum(_cost(linears[name], name in compensated) for name in group), group) for group in groups]
         # The costliest first, each to whom has the least to do; ties in the order of the model.
         for cost, group in sorted(costs, key=lambda one: -one[0]):
             rank = loads.index(min(loads))
@@ -68,10 +69,7 @@ class Shares:
         return {name: found[name] for name in names if name in found}
 
 
-def _cost(linears: Mapping[str, nn.Module], names: Iterable[str]) -> int:
-    """Of rounding with second moments, in multiplications."""
-    total = 0
-    for name in names:
-        weight = linears[name].get_parameter("weight")
-        total += weight.numel() * weight.shape[-1]
-    return total
+def _cost(linear: nn.Module, is_compensated: bool) -> int:
+    """Of rounding, in multiplications; with second moments each column makes up for those before it."""
+    weight = linear.get_parameter("weight")
+    return weight.numel() * (weight.shape[-1] if is_compensated else 1)
