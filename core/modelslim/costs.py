@@ -290,11 +290,13 @@ def _kl(job: Job, machine: Machine, layout: Layout) -> Phase:
         "codes": job.units[-1].values,
         # Of the last unit: what it held is not given back at once.
         "forward": job.longest * job.units[-1].width * job.item_bytes * 2,
+        "kernels": job.kernel_bytes,
         "fixed": FIXED_BYTES,
     }
     macs = count * rows * job.head_bytes // job.item_bytes
     macs += 2 * kl_texts(job.tokens) * KL_TOKENS * sum(unit.count * unit.macs for unit in job.units)
     seconds = job.head_bytes / machine.read + macs / machine.macs
+    seconds += sum(unit.count * unit.linears for unit in job.units) * LINEAR_SECONDS
     return _phase("KL per layer", seconds, memory, _waiting(job, layout), layout, read=job.head_bytes)
 
 
