@@ -42,6 +42,7 @@ SCHEMES = {
     "w8a16": {"W8A16"},
     "w4a16": {"W4A16"},
     "w4a8": {"W4A8_DYNAMIC", "W8A8_DYNAMIC"},
+    "w4a8c8": {"W4A8_DYNAMIC", "W8A8_DYNAMIC"},
     "w16a16s": {"W16A16S"},
     "w8a8s": {"W8A8S"},
 }
