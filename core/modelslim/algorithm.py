@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from modelslim.context import Namespace
     from modelslim.kv_cache import QuantizedCache
-    from modelslim.statistics import Statistic, UnitStatistics
+    from modelslim.statistics import Statistic
+from modelslim.unit_statistics import UnitStatistics
 
 Pattern = tuple[tuple[str | int, ...], str]
 """A pattern with its place relative to the algorithm's configuration: ``(("include", 0), "*mlp*")``."""

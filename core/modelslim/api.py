@@ -40,6 +40,7 @@ from modelslim.planned import (
 from modelslim.qconfig import check_group_sizes, parse_activation, parse_qconfig, parse_weight
 from modelslim.quantized import QuantizedExperts, QuantizedLinear, QuantizedTensor
 from modelslim.ranks import ALONE, Ranks
+from modelslim.row_sample import RowSample
 from modelslim.sampling import choose_samples
 from modelslim.saved_config import without_quantization
 from modelslim.saver import EngineAnswer, PlannedModel, SavedCache, SavedLinear, Saver, TensorRecord
@@ -53,17 +54,7 @@ from modelslim.scales import (
     whole_scale,
 )
 from modelslim.seen import no_token, not_finite, seen_gram, seen_range, static_scale
-from modelslim.statistics import (
-    ChannelAbsMean,
-    ChannelEnergy,
-    ChannelRange,
-    Gram,
-    RowSample,
-    Statistic,
-    TensorRange,
-    TokenCount,
-    UnitStatistics,
-)
+from modelslim.statistics import ChannelAbsMean, ChannelEnergy, ChannelRange, Gram, Statistic, TensorRange, TokenCount
 from modelslim.types import (
     FLOAT,
     AttentionCache,
@@ -78,6 +69,7 @@ from modelslim.types import (
     Topology,
     WeightSource,
 )
+from modelslim.unit_statistics import UnitStatistics
 from modelslim.vlm_dataset import VlmCalibSample
 
 __all__ = [

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from modelslim.errors import QuantizationError
 from modelslim.ports import PortCollector
-from modelslim.statistics import Port
+from modelslim.unit_statistics import Port
 
 POLICIES = ("fallback", "route", "all")
 """What ``experts`` in a protocol may say.

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelslim.statistics import ChannelRange, TensorRange, UnitStatistics
+from modelslim.statistics import ChannelRange, TensorRange
+from modelslim.unit_statistics import UnitStatistics
 
 Range = ChannelRange | TensorRange
 

@@ -19,8 +19,9 @@ from modelslim.errors import UsageError
 from modelslim.experts import ExpertLinear
 from modelslim.machines import machine_of
 from modelslim.memory import Budget, in_words
+from modelslim.row_sample import RowSample
 from modelslim.runners.work import count_passes
-from modelslim.statistics import Gram, RowSample, Statistic
+from modelslim.statistics import Gram, Statistic
 
 if TYPE_CHECKING:
     from modelslim.plan import Plan

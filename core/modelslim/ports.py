@@ -14,7 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from modelslim.experts import ExpertLinear
 from modelslim.ranks import Ranks
-from modelslim.statistics import Port, RowSample, Statistic, UnitStatistics
+from modelslim.row_sample import RowSample
+from modelslim.statistics import Statistic
+from modelslim.unit_statistics import Port, UnitStatistics
 from modelslim.wire import statistic_from, statistic_state
 
 Kinds = frozenset[type[Statistic]]

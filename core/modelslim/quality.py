@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from modelslim.devices import bfloat16_products
 from modelslim.experts import ExpertLinear
 from modelslim.quantized import QuantizedExperts, QuantizedLinear
-from modelslim.statistics import RowSample, UnitStatistics
+from modelslim.row_sample import RowSample
+from modelslim.unit_statistics import UnitStatistics
 
 _BLOCK = 1 << 22  # values of a weight that are float32 at once
 

@@ -9,8 +9,8 @@ activations: nothing here waits for the device during the pass.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -136,7 +136,7 @@ class ChannelRange(Statistic):
         """The ranges after the rescaling, in float32."""
         result = ChannelRange()
         if self.minimum is not None and self.maximum is not None:
-            result.minimum, result.maximum = (_rescale(x, scale, shift) for x in (self.minimum, self.maximum))
+            result.minimum, result.maximum = (rescale_tokens(x, scale, shift) for x in (self.minimum, self.maximum))
         return result
 
     def whole(self) -> TensorRange:
@@ -312,233 +312,13 @@ class Gram(Statistic):
         return result
 
 
-class RowSample(Statistic):
-    """Some tokens as they are, spread evenly over all that came by.
-
-    Every token has a key that depends on its place alone, and those with the lowest keys are kept, of equal ones the
-    first (bottom-k sampling: Cohen and Kaplan, "Summarizing data using bottom-k sketches", 2007). So it does not
-    matter how batches and samples are grouped: what is kept of all is kept of each part.
-
-    Attributes:
-        capacity: how many tokens are kept at most.
-    """
-
-    capacity = 256
-
-    def __init__(self) -> None:
-        self._parts: list[Tensor] = []
-        self._keys: list[Tensor] = []
-        self._bound = _KEYS
-        self._seen = 0
-
-    def update(self, x: Tensor) -> None:
-        """Keep some tokens of a batch."""
-        places = torch.arange(self._seen, self._seen + len(x))
-        self._seen += len(x)
-        keys = (places * _STEP + _START) % _KEYS
-        chosen = self._choose(keys)
-        self._add(x[chosen.to(x.device)], keys[chosen])
-
-    def merge(self, other: Statistic) -> None:
-        """Add what another instance keeps."""
-        assert isinstance(other, RowSample)
-        for part, keys in zip(other._parts, other._keys, strict=True):
-            keys = keys.to("cpu")  # from another rank they come to this one's device
-            chosen = self._choose(keys)
-            self._add(part if len(chosen) == len(part) else part[chosen.to(part.device)], keys[chosen])
-
-    def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> RowSample:
-        """The same tokens after the rescaling, in float32."""
-        result = type(self)()
-        vars(result).update(vars(self), _keys=list(self._keys))
-        result._parts = [_rescale(part, scale, shift) for part in self._parts]
-        return result
-
-    @classmethod
-    def condense(cls, samples: Sequence[Statistic]) -> None:
-        """Drop what is not among the lowest keys of all."""
-        held = [one for one in samples if isinstance(one, RowSample)]
-        keys = [key for one in held for key in one._keys]
-        if sum(map(len, keys)) > held[0].capacity:
-            bound = int(torch.cat(keys).kthvalue(held[0].capacity).values)
-            for one in held:
-                one._keep([key <= bound for key in one._keys])
-
-    @property
-    def rows(self) -> Tensor | None:
-        """[kept tokens, channels], in the order in which they came; None before the first token."""
-        self._thin()
-        return torch.cat(self._parts) if self._parts else None
-
-    def _choose(self, keys: Tensor) -> Tensor:
-        """Places of those that may be kept, in their order."""
-        chosen = (keys < self._bound).nonzero().view(-1)
-        return chosen if len(chosen) <= self.capacity else chosen[_lowest(keys[chosen], self.capacity)]
-
-    def _add(self, rows: Tensor, keys: Tensor) -> None:
-        if len(keys):
-            self._parts.append(rows)
-            self._keys.append(keys)
-        if sum(map(len, self._keys)) > 2 * self.capacity:  # not each time, since all rows are copied
-            self._thin()
-
-    def _thin(self) -> None:
-        """Keep no more than the capacity."""
-        keys = torch.cat(self._keys) if self._keys else torch.empty(0)
-        if len(keys) > self.capacity:
-            is_kept = torch.zeros(len(keys), dtype=torch.bool)
-            is_kept[_lowest(keys, self.capacity)] = True
-            self._bound = int(keys[is_kept].max())
-            self._keep(torch.split(is_kept, list(map(len, self._keys))))
-
-    def _keep(self, masks: Sequence[Tensor]) -> None:
-        """Keep these rows of each part."""
-        parts, keys = [], []
-        for part, key, mask in zip(self._parts, self._keys, masks, strict=True):
-            chosen = mask.nonzero().view(-1)
-            if len(chosen):
-                parts.append(part if len(chosen) == len(part) else part[chosen.to(part.device)])
-                keys.append(key[chosen])
-        self._parts, self._keys = parts, keys
-
-
-_KEYS = 1 << 32
-_STEP, _START = 2654435769, 1 << 31
-"""Multiples of the golden ratio, whose lowest lie evenly apart, and not at the first token, which is like no other."""
-
-
-def _lowest(keys: Tensor, count: int) -> Tensor:
-    """Places of the lowest keys, of equal ones the first, in their order."""
-    return keys.sort(stable=True).indices[:count].sort().values
-
-
 def _blocks(x: Tensor) -> Iterator[Tensor]:
     """Rows in float32 at least; on a CPU as many at once as stay in its cache."""
     rows = max(1, _BLOCK // x.shape[1]) if x.is_cpu else len(x)
     return (part if part.dtype.itemsize >= 4 else part.to(torch.float32) for part in torch.split(x, rows))
 
 
-def _rescale(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+def rescale_tokens(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """Tokens, or their ranges, behind a rescaling: ``(x - shift) / scale`` in float32."""
     x = x.to(torch.float32)
     return (x if shift is None else x - shift) / scale
-
-
-S = TypeVar("S", bound=Statistic)
-
-
-Port = dict[type[Statistic], Statistic]
-"""What is measured at one input, by kind."""
-
-
-class UnitStatistics:
-    """The statistics of one unit, by the name of the linear whose input was measured.
-
-    Args:
-        ports: those of linears.
-        experts: those of fused experts, one for each expert.
-
-    Attributes:
-        divisors: float32 [channels], or [experts, channels], by which inputs were divided, by the name of the linear.
-    """
-
-    def __init__(self, ports: Mapping[str, Port], experts: Mapping[str, Sequence[Port]] | None = None) -> None:
-        self._ports = dict(ports)
-        self._experts = dict(experts or {})
-        self.divisors: dict[str, Tensor] = {}
-
-    def get(self, linear: str, kind: type[S]) -> S:
-        """The statistic of that kind at the input of that linear.
-
-        Raises:
-            KeyError: it was not declared by ``Algorithm.needs``.
-        """
-        return _of(self._ports[linear], kind)
-
-    def get_experts(self, linear: str, kind: type[S]) -> list[S]:
-        """The statistics of that kind at the input of an ``ExpertLinear``, one for each expert.
-
-        Raises:
-            KeyError: it was not declared by ``Algorithm.needs``.
-        """
-        return [_of(port, kind) for port in self._experts[linear]]
-
-    def measured(self, kind: type[S]) -> Iterator[tuple[str, list[S]]]:
-        """Every linear at whose input that kind was measured, with the statistic; of fused experts, one for each."""
-        for name, ports in {**{name: [port] for name, port in self._ports.items()}, **self._experts}.items():
-            found = [port[kind] for port in ports if kind in port]
-            if found:
-                yield name, found  # type: ignore[misc]
-
-    def merge(self, other: UnitStatistics) -> None:
-        """Take in what another instance measured of the same needs on other samples (data-parallel reduction)."""
-        for port, taken in _pairs(self._ports, other._ports):
-            for kind, statistic in port.items():
-                statistic.merge(taken[kind])
-        for name, ports in self._experts.items():
-            for port, taken in zip(ports, other._experts[name], strict=True):
-                for kind, statistic in port.items():
-                    statistic.merge(taken[kind])
-
-    def shares_port(self, linear: str, other: str) -> bool:
-        """True when both linears read the same tensor."""
-        return linear in self._ports and self._ports.get(other) is self._ports[linear]
-
-    def rescale(self, linears: Iterable[str], scale: Tensor, shift: Tensor | None = None) -> None:
-        """Say that the inputs of these linears are ``(x - shift) / scale`` from now on.
-
-        Args:
-            linears: names of linears, fused experts or other measured modules; unmeasured ones are passed over.
-            scale: [channels], positive; of fused experts also [experts, channels].
-            shift: [channels], or None for no shift.
-        """
-        # Linears that shared a port share the new one.
-        done: dict[int, Port] = {}
-
-        def follow(port: Port, scale: Tensor) -> Port:
-            if id(port) not in done:
-                # What cannot follow has been used; whoever wants it anew gets a pass of its own.
-                done[id(port)] = {
-                    kind: statistic.rescaled(scale, shift)
-                    for kind, statistic in port.items()
-                    if kind.rescaled is not Statistic.rescaled and (shift is None or kind.follows_shift)
-                }
-            return done[id(port)]
-
-        before = dict(self._ports), dict(self._experts)  # keeps the identities alive
-        for linear in linears:
-            if linear in before[0]:
-                self._ports[linear] = follow(before[0][linear], scale)
-            elif linear in before[1]:
-                ports = before[1][linear]
-                scales = scale.expand(len(ports), -1)
-                self._experts[linear] = [follow(port, one) for port, one in zip(ports, scales, strict=True)]
-            else:
-                continue
-            self.divisors[linear] = scale * self.divisors[linear] if linear in self.divisors else scale
-
-
-def follows_rescaling(kind: type[Statistic], *, shifts: bool = False) -> bool:
-    """True when a statistic of this kind is known behind a rescaling, with a shift or not, without a new pass."""
-    return kind is TensorRange or (kind.rescaled is not Statistic.rescaled and (kind.follows_shift or not shifts))
-
-
-def _pairs(ports: Mapping[str, Port], others: Mapping[str, Port]) -> Iterator[tuple[Port, Port]]:
-    """Each port once, with its counterpart."""
-    done: set[int] = set()
-    for name, port in ports.items():
-        if id(port) not in done:
-            done.add(id(port))
-            yield port, others[name]
-
-
-def _of(port: Port, kind: type[S]) -> S:
-    """The statistic of that kind; the range of the whole is told from those of the channels."""
-    if kind is TensorRange and ChannelRange in port:
-        ranges = port[ChannelRange]
-        assert isinstance(ranges, ChannelRange)
-        whole = ranges.whole()
-        assert isinstance(whole, kind)
-        return whole
-    statistic = port[kind]
-    assert isinstance(statistic, kind)
-    return statistic

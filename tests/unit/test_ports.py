@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from modelslim.ports import PortCollector
-from modelslim.statistics import Statistic, TensorRange, TokenCount, UnitStatistics
+from modelslim.statistics import Statistic, TensorRange, TokenCount
+from modelslim.unit_statistics import UnitStatistics
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -10,18 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelslim.statistics import (
-    ChannelAbsMean,
-    ChannelEnergy,
-    ChannelRange,
-    Gram,
-    RowSample,
-    Statistic,
-    TensorRange,
-    TokenCount,
-    UnitStatistics,
-    follows_rescaling,
-)
+from modelslim.row_sample import RowSample
+from modelslim.statistics import ChannelAbsMean, ChannelEnergy, ChannelRange, Gram, Statistic, TensorRange, TokenCount
+from modelslim.unit_statistics import UnitStatistics, follows_rescaling
 
 CHANNELS = 12
 KINDS: tuple[type[Statistic], ...] = (

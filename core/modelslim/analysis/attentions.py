@@ -19,9 +19,10 @@ from modelslim.open_model import main_tensor
 from modelslim.ports import PortCollector
 from modelslim.runners.standing import in_place
 from modelslim.scales import range_to_scale
-from modelslim.statistics import ChannelRange, UnitStatistics
+from modelslim.statistics import ChannelRange
 from modelslim.suspended import compute
 from modelslim.types import CacheInfo, TensorSpec
+from modelslim.unit_statistics import UnitStatistics
 
 _SPEC = TensorSpec("int8", "per_channel", True)
 

@@ -23,8 +23,8 @@ from modelslim.open_model import main_tensor
 from modelslim.protocol.document import parse_document
 from modelslim.registry import Registry
 from modelslim.runners.standing import in_place
-from modelslim.statistics import UnitStatistics
 from modelslim.suspended import compute
+from modelslim.unit_statistics import UnitStatistics
 
 PROBE = {
     "type": "linear_quant",

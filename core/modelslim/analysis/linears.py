@@ -18,8 +18,9 @@ from modelslim.errors import UsageError, nearest
 from modelslim.model_info import ModelInfo
 from modelslim.patterns import matches
 from modelslim.ports import Kinds, PortCollector
-from modelslim.statistics import Port, RowSample
+from modelslim.row_sample import RowSample
 from modelslim.types import LinearInfo
+from modelslim.unit_statistics import Port
 
 
 def _std(port: Port) -> float:

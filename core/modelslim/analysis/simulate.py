@@ -18,7 +18,7 @@ from modelslim.protocol.document import Document
 from modelslim.quantized import QuantizedLinear
 from modelslim.registry import Registry
 from modelslim.saver import Saver
-from modelslim.statistics import UnitStatistics
+from modelslim.unit_statistics import UnitStatistics
 
 
 class Simulation:

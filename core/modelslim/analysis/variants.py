@@ -22,8 +22,8 @@ from modelslim.analysis.simulate import Simulation, collector_of, statistics_of
 from modelslim.divergence import kl_sum
 from modelslim.open_model import main_tensor
 from modelslim.runners.standing import in_place
-from modelslim.statistics import UnitStatistics
 from modelslim.suspended import SuspendedForward, compute
+from modelslim.unit_statistics import UnitStatistics
 
 _ROWS = 64  # tokens whose log-probabilities are in memory at once
 

@@ -34,8 +34,8 @@ from modelslim.runners.stream import Stream
 from modelslim.runners.work import Outcome, UnitWork
 from modelslim.sampling import tokens_of
 from modelslim.spill import make_spill
-from modelslim.statistics import UnitStatistics
 from modelslim.transfers import Arrival, departure
+from modelslim.unit_statistics import UnitStatistics
 
 OUTSIDE = ""
 """Stands for a unit: the linears outside all units, worked on after the last one."""

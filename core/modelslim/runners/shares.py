@@ -10,7 +10,8 @@ from torch import nn
 
 from modelslim.quantized import QuantizedLinear
 from modelslim.ranks import Ranks
-from modelslim.statistics import Gram, UnitStatistics
+from modelslim.statistics import Gram
+from modelslim.unit_statistics import UnitStatistics
 from modelslim.wire import linear_from, linear_state
 
 T = TypeVar("T")

@@ -29,11 +29,13 @@ from modelslim.ports import Kinds, PortCollector
 from modelslim.quality import Quality, float_outputs, judge
 from modelslim.quantized import QuantizedLinear
 from modelslim.ranks import ALONE, Ranks
+from modelslim.row_sample import RowSample
 from modelslim.runners.shares import Shares
 from modelslim.runners.standing import in_place
 from modelslim.runners.stream import Stream, gathered_calls
-from modelslim.statistics import ChannelRange, RowSample, TensorRange, UnitStatistics, follows_rescaling
+from modelslim.statistics import ChannelRange, TensorRange
 from modelslim.types import ProcessRequest, QuantSpec
+from modelslim.unit_statistics import UnitStatistics, follows_rescaling
 
 View = tuple[Step, Unit]
 Calls = tuple[Sequence[ProcessRequest], Sequence[Any]]

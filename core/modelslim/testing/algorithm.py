@@ -32,11 +32,13 @@ from modelslim.ports import PortCollector
 from modelslim.protocol.compose import apiversions, compose
 from modelslim.quantized import QuantizedExperts, QuantizedLinear
 from modelslim.registry import Registry
-from modelslim.statistics import ChannelEnergy, ChannelRange, Gram, RowSample, UnitStatistics
+from modelslim.row_sample import RowSample
+from modelslim.statistics import ChannelEnergy, ChannelRange, Gram
 from modelslim.testing import fragments
 from modelslim.testing.rounding import round_to_nearest
 from modelslim.testing.units import UNIT, Bench, describe, random_experts, random_layer, random_linears, side_by_side
 from modelslim.types import MICROSCALING, LinearInfo, QuantSpec
+from modelslim.unit_statistics import UnitStatistics
 
 TOLERANCE = 1e-4
 """Relative to the largest value, of what is equal but for rounding in float32."""

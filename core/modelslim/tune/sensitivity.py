@@ -14,8 +14,8 @@ from modelslim.analysis.model import FloatModel
 from modelslim.analysis.simulate import Simulation, collector_of, statistics_of
 from modelslim.analysis.variants import follow_variants
 from modelslim.runners.standing import in_place
-from modelslim.statistics import UnitStatistics
 from modelslim.tune.groups import Group
+from modelslim.unit_statistics import UnitStatistics
 
 Key = tuple[int, int]
 """Index of a group and of an option."""
