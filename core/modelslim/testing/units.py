@@ -17,7 +17,6 @@ from modelslim.context import Context
 from modelslim.experts import ExpertLinear
 from modelslim.loader import dtype_name
 from modelslim.ports import Kinds, PortCollector
-from modelslim.statistics import S
 from modelslim.types import LinearInfo, ProcessRequest, QuantSpec, Subgraph
 from modelslim.unit_statistics import S, UnitStatistics
 
