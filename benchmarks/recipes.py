@@ -68,7 +68,7 @@ RECIPES = (
     Recipe(
         "W8A8 static",
         "iter_smooth, fallback",
-        ("{type: iter_smooth}", linear(STATIC, INT8, ", fallback: {above: 0.0648}")),
+        ("{type: iter_smooth}", linear(STATIC, INT8, ", fallback: {above: 0.085}")),
         0.04,
         fallen=3,
     ),
