@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from modelslim.context import Namespace
     from modelslim.kv_cache import QuantizedCache
     from modelslim.statistics import Statistic
-from modelslim.unit_statistics import UnitStatistics
+    from modelslim.unit_statistics import UnitStatistics
 
 Pattern = tuple[tuple[str | int, ...], str]
 """A pattern with its place relative to the algorithm's configuration: ``(("include", 0), "*mlp*")``."""

@@ -147,17 +147,18 @@ def other_matrices(
     return frozenset(owners - embeddings - {linear.stored for linear in info.linears.values()})
 
 
+def stated_numbers(config: Any, names: Sequence[str]) -> Iterator[int]:
+    """Numbers in config.json under any of these names, at whatever depth."""
+    if isinstance(config, Mapping):
+        yield from (config[name] for name in names if isinstance(config.get(name), int))
+        for part in config.values():
+            yield from stated_numbers(part, names)
+
+
 def vocabularies(model: nn.Module, config: Mapping[str, Any]) -> frozenset[int]:
     """Sizes that a vocabulary of the model has, by config.json, or where that says none, by its largest embedding."""
-
-    def stated(value: Any) -> Iterator[int]:
-        if isinstance(value, Mapping):
-            yield from (one for key, one in value.items() if key == "vocab_size" and isinstance(one, int))
-            for part in value.values():
-                yield from stated(part)
-
     tables = [len(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)]
-    return frozenset(stated(config)) or frozenset([max(tables, default=0)])
+    return frozenset(stated_numbers(config, ("vocab_size",))) or frozenset([max(tables, default=0)])
 
 
 def _numbers_of_experts(modules: Mapping[str, nn.Module]) -> dict[str, int]:

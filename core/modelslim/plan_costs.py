@@ -19,6 +19,7 @@ from modelslim.errors import UsageError
 from modelslim.experts import ExpertLinear
 from modelslim.machines import machine_of
 from modelslim.memory import Budget, in_words
+from modelslim.model_info import stated_numbers
 from modelslim.row_sample import RowSample
 from modelslim.runners.work import count_passes
 from modelslim.statistics import Gram, Statistic
@@ -276,21 +277,13 @@ class _Sizes:
 
 def _share_of_experts(plan: Plan) -> float:
     """Which share of a layer's experts a token meets, by what config.json says; 1 where it says nothing."""
-    chosen = next(_find(plan.checkpoint.config, _EXPERTS_PER_TOKEN), None)
+    chosen = next(stated_numbers(plan.checkpoint.config, _EXPERTS_PER_TOKEN), None)
     counts = [len(bank.linears) for bank in plan.info.banks.values()]
     if not counts:
         first = (name for name in plan.info.linears if _EXPERT.search(name))
         layer = _EXPERT.split(next(first, ""))[0]
         counts = [len({_EXPERT.findall(name)[0] for name in plan.info.linears if name.startswith(f"{layer}.experts.")})]
     return min(chosen / counts[0], 1.0) if chosen and counts[0] else 1.0
-
-
-def _find(config: Any, names: Sequence[str]) -> Iterator[int]:
-    """Numbers under any of these names, at whatever depth."""
-    if isinstance(config, Mapping):
-        yield from (config[name] for name in names if isinstance(config.get(name), int))
-        for part in config.values():
-            yield from _find(part, names)
 
 
 def _experts(module: nn.Module) -> int:

@@ -48,7 +48,7 @@ class RowSample(Statistic):
         for part, keys in zip(other._parts, other._keys, strict=True):
             keys = keys.to("cpu")  # from another rank they come to this one's device
             chosen = self._choose(keys)
-            self._add(part if len(chosen) == len(part) else part[chosen.to(part.device)], keys[chosen])
+            self._add(_taken(part, chosen), keys[chosen])
 
     def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> RowSample:
         """The same tokens after the rescaling, in float32."""
@@ -100,9 +100,14 @@ class RowSample(Statistic):
         for part, key, mask in zip(self._parts, self._keys, masks, strict=True):
             chosen = mask.nonzero().view(-1)
             if len(chosen):
-                parts.append(part if len(chosen) == len(part) else part[chosen.to(part.device)])
+                parts.append(_taken(part, chosen))
                 keys.append(key[chosen])
         self._parts, self._keys = parts, keys
+
+
+def _taken(rows: Tensor, places: Tensor) -> Tensor:
+    """Rows at some places, in order; the tensor itself where these are all."""
+    return rows if len(places) == len(rows) else rows[places.to(rows.device)]
 
 
 def _lowest(keys: Tensor, count: int) -> Tensor:

@@ -70,6 +70,14 @@ class UnitStatistics:
         """True when both linears read the same tensor."""
         return linear in self._ports and self._ports.get(other) is self._ports[linear]
 
+    def by_input(self, linears: Iterable[str]) -> list[list[str]]:
+        """Linears that read the same tensor together, in the order of the first of each; one not measured is alone."""
+        found: dict[int | str, list[str]] = {}
+        for name in linears:
+            port = self._ports.get(name)
+            found.setdefault(name if port is None else id(port), []).append(name)
+        return list(found.values())
+
     def rescale(self, linears: Iterable[str], scale: Tensor, shift: Tensor | None = None) -> None:
         """Say that the inputs of these linears are ``(x - shift) / scale`` from now on.
 

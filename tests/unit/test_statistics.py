@@ -412,3 +412,9 @@ def test_unit_of_two_devices_is_reduced_to_one(shared: bool) -> None:
     reached, unreached = statistics.get_experts("experts", Gram)
     close(present(reached.matrix), x.t() @ x)
     assert unreached.matrix is None
+
+
+def test_linears_of_one_input_are_found_together_and_those_not_measured_alone() -> None:
+    one, other = ({TokenCount: TokenCount()} for _ in range(2))
+    statistics = UnitStatistics({"q": one, "o": other, "k": one})
+    assert statistics.by_input(["k", "free", "o", "q", "loose"]) == [["k", "q"], ["free"], ["o"], ["loose"]]

@@ -35,16 +35,12 @@ class Shares:
         if ranks.size == 1:
             self._owner = dict.fromkeys(names, ranks.rank)
             return
-        groups: list[list[str]] = []
-        for name in names:
-            fitting = next((group for group in groups if statistics.shares_port(name, group[0])), None)
-            if fitting is None:
-                groups.append([name])
-            else:
-                fitting.append(name)
         loads = [0] * ranks.size
         compensated = {name for name, _ in statistics.measured(Gram)}
-        costs = [(sum(_cost(linears[name], name in compensated) for name in group), group) for group in groups]
+        costs = [
+            (sum(_cost(linears[name], name in compensated) for name in group), group)
+            for group in statistics.by_input(names)
+        ]
         # The costliest first, each to whom has the least to do; ties in the order of the model.
         for cost, group in sorted(costs, key=lambda one: -one[0]):
             rank = loads.index(min(loads))

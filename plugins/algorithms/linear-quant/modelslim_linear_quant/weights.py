@@ -90,16 +90,16 @@ class UnitRounder:
     def _compensate(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, Rounded]:
         """gptq: linears of one port share the decomposition of its Hessian, and the pass over its columns."""
         done: dict[str, Rounded] = {}
-        ports: dict[int, list[str]] = {}
+        dense = []
         for name, spec in unit.specs.items():
             if isinstance(unit.linears[name], ExpertLinear):
                 grams = _expert_grams(name, statistics)
                 whole, percdamp = gptq.quantize_experts(_weight(unit.linears[name]), grams, spec.weight, self._method)
                 done[name] = Rounded(whole, gptq.notes(percdamp, self._method))
             else:
-                ports.setdefault(id(_seen(statistics, name)), []).append(name)
-        for names in ports.values():
-            gram = _seen(statistics, names[0])
+                dense.append(name)
+        for names in statistics.by_input(dense):
+            gram = seen_gram(statistics.get(names[0], Gram), names[0], UNCALIBRATED)
             factor = gptq.factorize(gram, self._method)
             notes = gptq.notes(factor.percdamp, self._method)
             for scheme in dict.fromkeys(unit.specs[name].weight for name in names):
@@ -133,11 +133,6 @@ def _largest_of_port(name: str, unit: Unit, statistics: UnitStatistics) -> Tenso
     names = [one for one in unit.specs if one == name or statistics.shares_port(one, name)]
     largest = [_weight(unit.linears[one]).abs().amax().to(torch.float32) for one in names]
     return torch.stack(largest).amax().view(1)
-
-
-def _seen(statistics: UnitStatistics, name: str) -> Tensor:
-    """The Gram matrix of a linear's input; the same tensor for linears of one input."""
-    return seen_gram(statistics.get(name, Gram), name, UNCALIBRATED)
 
 
 def _expert_grams(bank: str, statistics: UnitStatistics) -> list[Tensor]:

@@ -26,7 +26,7 @@ from modelslim.api import (
     Unit,
     UnitStatistics,
 )
-from modelslim_sparse.hessian import Hessian, by_port, decompose, expert_grams, gram_of, notes
+from modelslim_sparse.hessian import Hessian, decompose, expert_grams, gram_of, notes
 from modelslim_sparse.pruning import prune
 from modelslim_sparse.short_floats import shorten
 
@@ -74,7 +74,7 @@ class FloatSparse(Algorithm):
         experts = [name for name in unit.specs if isinstance(unit.linears[name], ExpertLinear)]
         for name in experts:
             made[name] = self._experts(name, unit, expert_grams(name, statistics))
-        for names in by_port((name for name in unit.specs if name not in experts), statistics).values():
+        for names in statistics.by_input(name for name in unit.specs if name not in experts):
             hessian = decompose(gram_of(names[0], statistics))
             weights = [_weight(unit.linears[name]) for name in names]
             rows = list(map(len, weights))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,14 +62,6 @@ def decompose(gram: Tensor) -> Hessian:
     feedback = root.flip(-2, -1).mT.contiguous()
     feedback /= feedback.diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clone()
     return Hessian(matrix, norms, order, feedback, damping)
-
-
-def by_port(names: Iterable[str], statistics: UnitStatistics) -> Mapping[int, list[str]]:
-    """Linears that read the same input together."""
-    ports: dict[int, list[str]] = {}
-    for name in names:
-        ports.setdefault(id(statistics.get(name, Gram)), []).append(name)
-    return ports
 
 
 def gram_of(name: str, statistics: UnitStatistics) -> Tensor:

@@ -25,7 +25,7 @@ from modelslim.api import (
     seen_range,
     static_scale,
 )
-from modelslim_sparse.hessian import by_port, decompose, gram_of, notes
+from modelslim_sparse.hessian import decompose, gram_of, notes
 from modelslim_sparse.low_bits import quantize
 
 
@@ -69,7 +69,7 @@ class LowbitSparse(Algorithm):
     def apply(self, unit: Unit, statistics: UnitStatistics) -> Mapping[str, nn.Module]:
         """Quantize each linear that the plan gave to this entry; those of one input share its decomposition."""
         made: dict[str, nn.Module] = {}
-        for names in by_port(unit.specs, statistics).values():
+        for names in statistics.by_input(unit.specs):
             hessian = decompose(gram_of(names[0], statistics))
             for name in names:
                 linear, spec = unit.linears[name], unit.specs[name]
