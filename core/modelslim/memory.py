@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,33 +114,52 @@ class Meter:
 
 
 class Trimmer:
-    """Has the C library give freed memory back, which it keeps in holes that grow while tensors come and go.
+    """Says what the C library does with freed memory.
 
-    A call of it costs milliseconds, and so does touching the memory again; so it is made when a lot has come together.
+    Memory that it gives back must be cleared by the kernel when it is wanted again, which may be a tenth of a run's
+    time. So it keeps what comes and goes from unit to unit, and gives back only what holes between tensors make it
+    grow beyond that; unless memory is scarce: then it gives back all, as soon as a lot has come together.
+
+    Args:
+        is_scarce: True where the run has a budget.
     """
 
-    def __init__(self, most: int = 32 << 20) -> None:
-        self._most = most
-        self._trim = _malloc_trim()
-        self._after: int | None = None
+    def __init__(self, *, is_scarce: bool) -> None:
+        self._is_scarce = is_scarce
+        self._library = _gnu_library()
+        self._usual: int | None = None
+        if self._library is not None and not is_scarce:
+            self._library.mallopt(_M_MMAP_THRESHOLD, _KEPT_TENSOR)
+            self._library.mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
     def look(self) -> None:
-        """Act where the process has grown since the last time."""
-        if self._trim is None:
-            return
+        """Act where the process has grown; to be called again and again at the same place."""
         now = resident_memory("VmRSS")
-        if now is not None and (self._after is None or now > self._after + self._most):
-            self._trim(0)
-            self._after = resident_memory("VmRSS")
+        if self._library is None or now is None:
+            return
+        if self._usual is None and not self._is_scarce:
+            self._usual = now
+        elif self._usual is None or now > self._usual + _GROWN:
+            self._library.malloc_trim(0)
+            self._usual = resident_memory("VmRSS") if self._is_scarce else None
 
 
-def _malloc_trim() -> Callable[[int], int] | None:
-    """The function of the GNU C library; None where another one is in use."""
+_GROWN = 16 << 20
+"""Bytes by which a process may grow before memory is given back."""
+_KEPT_TENSOR = 32 << 20
+"""Bytes of the largest tensor whose memory is kept; the most that the library allows."""
+_KEPT = 256 << 20
+"""Free bytes at the end of its memory that the library keeps."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+def _gnu_library() -> ctypes.CDLL | None:
+    """The GNU C library; None where another one is in use."""
     try:
-        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+        library = ctypes.CDLL(None)
+        return library if library.malloc_trim and library.mallopt else None
     except (AttributeError, OSError, TypeError):
         return None
-    return found
 
 
 def resident_memory(field_name: str) -> int | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
@@ -17,11 +18,12 @@ from modelslim.ranks import Ranks
 from modelslim.row_sample import RowSample
 from modelslim.statistics import Statistic
 from modelslim.unit_statistics import Port, UnitStatistics
-from modelslim.wire import statistic_from, statistic_state
+from modelslim.wire import statistic_from, statistic_state, take_apart
 
 Kinds = frozenset[type[Statistic]]
 
 _GROUPS_HELD = 8  # their samples of rows weigh some megabytes each
+_BYTES_HELD = 32 << 20  # of groups with second moments, where one does not weigh more
 
 
 @dataclass
@@ -73,6 +75,8 @@ class PortCollector:
                 self.tokens[name] = [0] * module.experts
         self._part = _Part()
         self._held: list[_Part] = []
+        self._is_heavy = any(kind.heavy for kind in self._kinds)
+        self._groups_at_once = 1 if self._is_heavy else _GROUPS_HELD
         # By identity and version of the tensor, which is kept so that no other can take its identity.
         self._seen: dict[tuple[int, int], tuple[Tensor, list[Port]]] = {}
         self._handles: list[RemovableHandle] = []
@@ -111,6 +115,7 @@ class PortCollector:
         if self._needs:
             self._condense()
             everywhere = ranks.gather([self._state(part) for part in self._held])
+            self._weigh(everywhere)
             for states in zip(*everywhere, strict=True):
                 for state in states:
                     self._merge(self._part_from(state))
@@ -132,8 +137,21 @@ class PortCollector:
 
     @property
     def groups_at_once(self) -> int:
-        """How many groups are held before they are exchanged, which makes ranks wait for each other."""
-        return 1 if any(kind.heavy for kind in self._kinds) else _GROUPS_HELD
+        """How many groups are held before they are exchanged, which makes ranks wait for each other.
+
+        The same at all ranks, which tell from what they exchanged last.
+        """
+        return self._groups_at_once
+
+    def _weigh(self, everywhere: Sequence[Sequence[Any]]) -> None:
+        """Hold as many heavy groups from now on as weigh little."""
+        if self._is_heavy:
+            tensors: list[dict[int, Tensor]] = []
+            for state in chain.from_iterable(everywhere):
+                tensors.append({})
+                take_apart(state, tensors[-1])
+            most = max(sum(one.nbytes for one in found.values()) for found in tensors)
+            self._groups_at_once = min(max(_BYTES_HELD // max(most, 1), 1), _GROUPS_HELD)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from modelslim.errors import RankError
 from modelslim.wire import put_together, take_apart
 
 _CHUNK = 64 << 20  # bytes sent at once
+_FRAME, _LENGTH = 16 << 10, 8  # bytes of a message that are sent first, and of these for its length
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,13 @@ class Ranks:
         Raises:
             RankError: another rank has ended.
         """
-        return [self.share(value if rank == self.rank else None, rank) for rank in range(self.size)]
+        if self.size == 1:
+            return [value]
+        with _explained():
+            own = _Message.of(value)
+            frames = [torch.empty(_FRAME, dtype=torch.uint8) for _ in range(self.size)]
+            torch.distributed.all_gather(frames, own.frame())
+            return [self._said(source, frame, own) for source, frame in enumerate(frames)]
 
     def share(self, value: Any, source: int = 0) -> Any:
         """What one rank has to say, at all of them.
@@ -66,40 +73,71 @@ class Ranks:
         if self.size == 1:
             return value
         with _explained():
-            if source == self.rank:
-                tensors: dict[int, Tensor] = {}
-                parts = take_apart(value, tensors)
-                shapes = [[key, str(one.dtype).removeprefix("torch."), list(one.shape)] for key, one in tensors.items()]
-                self._send_text(json.dumps([parts, shapes]), source)
-                values = list(tensors.values())
-                for bundle in _bundles([_nbytes(one) for one in values]):
-                    self._send(_packed([values[index] for index in bundle], self.device), source)
-                return value
-            parts, shapes = json.loads(self._send_text("", source))
-            empty = [torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for _, dtype, shape in shapes]
-            received: dict[int, Tensor] = {}
-            for bundle in _bundles([_nbytes(one) for one in empty]):
-                sizes = [_padded(_nbytes(empty[index])) for index in bundle]
-                data = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
-                self._send(data, source)
-                for index, piece in zip(bundle, torch.split(data, sizes), strict=True):
-                    like = empty[index]
-                    received[shapes[index][0]] = piece[: _nbytes(like)].view(like.dtype).view(like.shape)
-            return put_together(parts, received)
+            own = _Message.of(value if source == self.rank else None)
+            frame = own.frame()
+            torch.distributed.broadcast(frame, source)
+            return self._said(source, frame, own)
 
-    def _send_text(self, text: str, source: int) -> str:
-        data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
-        length = torch.tensor([data.numel()])
-        torch.distributed.broadcast(length, source)
-        if source != self.rank:
-            data = torch.empty(int(length), dtype=torch.uint8)
-        torch.distributed.broadcast(data, source)
-        return data.numpy().tobytes().decode()
+    def _said(self, source: int, frame: Tensor, own: _Message) -> Any:
+        """What a rank says, whose message begins with the frame; this rank sends the rest of its own."""
+        rest = max(0, int(frame[:_LENGTH].view(torch.int64)) + _LENGTH - _FRAME)
+        if source == self.rank:
+            if rest:
+                self._send(own.data[-rest:], source)
+            for bundle in _bundles([_nbytes(one) for one in own.tensors]):
+                self._send(_packed([own.tensors[index] for index in bundle], self.device), source)
+            return own.value
+        data = torch.cat([frame, frame.new_empty(rest)])
+        if rest:
+            self._send(data[_FRAME:], source)
+        end = int(data[:_LENGTH].view(torch.int64)) + _LENGTH
+        parts, shapes = json.loads(data[_LENGTH:end].numpy().tobytes())
+        empty = [torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for _, dtype, shape in shapes]
+        received: dict[int, Tensor] = {}
+        for bundle in _bundles([_nbytes(one) for one in empty]):
+            sizes = [_padded(_nbytes(empty[index])) for index in bundle]
+            content = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
+            self._send(content, source)
+            for index, piece in zip(bundle, torch.split(content, sizes), strict=True):
+                like = empty[index]
+                received[shapes[index][0]] = piece[: _nbytes(like)].view(like.dtype).view(like.shape)
+        return put_together(parts, received)
 
     def _send(self, data: Tensor, source: int) -> None:
         """Broadcast bytes, which every backend knows."""
         for piece in torch.split(data, _CHUNK):
             torch.distributed.broadcast(piece, source)
+
+
+@dataclass(frozen=True)
+class _Message:
+    """What a rank says.
+
+    Attributes:
+        value: the value.
+        data: what it is beside its tensors, as JSON, uint8.
+        tensors: its tensors.
+    """
+
+    value: Any
+    data: Tensor
+    tensors: list[Tensor]
+
+    @classmethod
+    def of(cls, value: Any) -> _Message:
+        tensors: dict[int, Tensor] = {}
+        parts = take_apart(value, tensors)
+        shapes = [[key, str(one.dtype).removeprefix("torch."), list(one.shape)] for key, one in tensors.items()]
+        data = torch.frombuffer(bytearray(json.dumps([parts, shapes]).encode()), dtype=torch.uint8)
+        return cls(value, data, list(tensors.values()))
+
+    def frame(self) -> Tensor:
+        """The length of ``data``, and its beginning, in as many bytes as others expect: most messages are short."""
+        frame = torch.zeros(_FRAME, dtype=torch.uint8)
+        frame[:_LENGTH] = torch.tensor([len(self.data)]).view(torch.uint8)
+        beginning = self.data[: _FRAME - _LENGTH]
+        frame[_LENGTH : _LENGTH + len(beginning)] = beginning
+        return frame
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -7,6 +7,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,33 @@ from modelslim.saver import TensorRecord
 from modelslim.writer import ShardWriter
 
 _ENTRY_BYTES = 112  # of a header entry, without the name
+
+
+@dataclass
+class UnitResult:
+    """What is written of a unit.
+
+    Attributes:
+        unit: its name, for the journal; empty for what lies outside the units.
+        modules: quantized linears, and those of fused experts, on the CPU, by name in the model.
+        caches: quantized key/value caches, on the CPU, by the names of their places.
+        edited: float tensors that an algorithm changed, on the CPU, by stored name.
+        copies: stored tensors that go into the result unchanged.
+        changed: names of the parameters in ``edited``.
+        report: the unit's record for the report, for the journal; not to be changed any more.
+        kept: what a run that is continued behind the unit wants to find in ``beside``.
+        arrived: waits until the tensors of ``modules``, ``caches`` and ``edited`` are on the CPU.
+    """
+
+    unit: str = ""
+    modules: Mapping[str, QuantizedLinear] = field(default_factory=dict)
+    caches: Mapping[str, QuantizedCache] = field(default_factory=dict)
+    edited: Mapping[str, Tensor] = field(default_factory=dict)
+    copies: Sequence[str] = ()
+    changed: Sequence[str] = ()
+    report: Mapping[str, Any] | None = None
+    kept: bytes = b""
+    arrived: Callable[[], None] = lambda: None
 
 
 class RunOutput:
@@ -58,18 +86,7 @@ class RunOutput:
         self.stored = stored
         self.overlay = overlay
 
-    def put(
-        self,
-        unit: str,
-        modules: Mapping[str, QuantizedLinear],
-        caches: Mapping[str, QuantizedCache],
-        edited: Mapping[str, Tensor],
-        copies: Sequence[str],
-        changed: Sequence[str] = (),
-        report: Mapping[str, Any] | None = None,
-        kept: bytes = b"",
-        arrived: Callable[[], None] = lambda: None,
-    ) -> None:
+    def put(self, result: UnitResult) -> None:
         """Another rank writes the unit."""
 
     def wait(self) -> None:
@@ -138,38 +155,14 @@ class ResultWriter(RunOutput):
             for one, place in zip(self._written, places, strict=True)
         }
 
-    def put(
-        self,
-        unit: str,
-        modules: Mapping[str, QuantizedLinear],
-        caches: Mapping[str, QuantizedCache],
-        edited: Mapping[str, Tensor],
-        copies: Sequence[str],
-        changed: Sequence[str] = (),
-        report: Mapping[str, Any] | None = None,
-        kept: bytes = b"",
-        arrived: Callable[[], None] = lambda: None,
-    ) -> None:
+    def put(self, result: UnitResult) -> None:
         """Write a unit's quantized linears and copy its other tensors; waits for the unit before.
-
-        Args:
-            unit: its name, for the journal; empty for what lies outside the units.
-            modules: quantized linears, and those of fused experts, on the CPU, by name in the model.
-            caches: quantized key/value caches, on the CPU, by the names of their places.
-            edited: float tensors that an algorithm changed, on the CPU, by stored name.
-            copies: stored tensors that go into the result unchanged.
-            changed: names of the parameters in ``edited``.
-            report: the unit's record for the report, for the journal; not to be changed any more.
-            kept: what a run that is continued behind the unit wants to find in ``beside``.
-            arrived: waits until the tensors of ``modules``, ``caches`` and ``edited`` are on the CPU.
 
         Raises:
             SaveError, ModelError: writing or reading failed, for this unit or the one before.
         """
         self.wait()
-        self._pending = self._pool.submit(
-            self._write, unit, modules, caches, edited, copies, changed, report, kept, arrived
-        )
+        self._pending = self._pool.submit(self._write, result)
 
     def finish(self) -> list[TensorRecord]:
         """Write what remains: indices, descriptions, config.json, the files beside the weights.
@@ -202,52 +195,41 @@ class ResultWriter(RunOutput):
             self._pending.result()
             self._pending = None
 
-    def _write(
-        self,
-        unit: str,
-        modules: Mapping[str, QuantizedLinear],
-        caches: Mapping[str, QuantizedCache],
-        edited: Mapping[str, Tensor],
-        copies: Sequence[str],
-        changed: Sequence[str],
-        report: Mapping[str, Any] | None,
-        kept: bytes,
-        arrived: Callable[[], None],
-    ) -> None:
-        arrived()
+    def _write(self, result: UnitResult) -> None:
+        result.arrived()
         saver, dtype = self._plan.saver, self._plan.info.dtype
         first = len(self._written)
-        for stored, linear in self._stored(modules):
+        for stored, linear in self._stored(result.modules):
             for name, tensor in saver.encode(stored, linear, dtype):
                 self._written.append(self._shards.add_tensor(name, tensor, linear.spec))
-        for place, cache in caches.items():
+        for place, cache in result.caches.items():
             for name, tensor in saver.encode_cache(self._plan.planned.caches[place], cache, dtype):
                 self._written.append(self._shards.add_tensor(name, tensor, cache=cache.spec))
-        for name, tensor in edited.items():
+        for name, tensor in result.edited.items():
             self._written.append(self._shards.add_tensor(name, tensor))
-        for name in copies:
+        for name in result.copies:
             source = self._plan.checkpoint.tensors[name]
             self._shards.add(name, source.dtype, source.shape, source.nbytes, self._plan.checkpoint.chunks(name))
             self._written.append(Written(TensorRecord(name, None, source.nbytes), source.dtype, source.shape))
         state = ""
         if self._plan.samples and self._plan.propagates_quantized:
-            state = state_digest(modules, caches)
-            write_small_parts(self.path, self._number, modules)
-        if kept:
-            _keep(self.beside(self._number), kept)
+            state = state_digest(result.modules, result.caches)
+            write_small_parts(self.path, self._number, result.modules)
+        if result.kept:
+            _keep(self.beside(self._number), result.kept)
         self._number += 1
-        specs = {name: module.spec for name, module in modules.items()}
+        specs = {name: module.spec for name, module in result.modules.items()}
         tensors = self._written[first:]
         self._shards.sync()
         line = FinishedUnit(
-            unit,
+            result.unit,
             **self._shards.progress,
             tensors=tensors,
             modules=specs,
-            caches=list(caches),
-            edited=list(changed),
+            caches=list(result.caches),
+            edited=list(result.changed),
             state=state,
-            report=report,
+            report=result.report,
         )
         self._output.journal(line.as_data())
 

@@ -59,7 +59,7 @@ class Spill:
         self._last: Hashable = None
         self._woken: Hashable = None
         self._next: dict[Hashable, Hashable] = {}
-        self._trimmer = Trimmer()
+        self._trimmer = Trimmer(is_scarce=True)
 
     def sleep(self, key: Hashable, value: Any) -> None:
         """Let a sample wait: its tensors must not be touched until it is woken.

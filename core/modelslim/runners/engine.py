@@ -26,7 +26,7 @@ from modelslim.plan import Plan
 from modelslim.ports import PortCollector
 from modelslim.ranks import ALONE, Ranks, merge_order
 from modelslim.report import peak_memory
-from modelslim.result import RunOutput
+from modelslim.result import RunOutput, UnitResult
 from modelslim.runners.finished import FinishedUnits
 from modelslim.runners.lens import Lens
 from modelslim.runners.standing import in_place
@@ -113,7 +113,7 @@ class Engine:
                 for index in range(first, len(self._units)):
                     self._loader.install(self._loader.read(self._names(index)))
             ahead = reader.submit(self._read, first) if first < len(self._units) else None
-            trimmer = Trimmer()
+            trimmer = Trimmer(is_scarce=self._plan.budget.host is not None)
             for index, unit in enumerate(self._units[first:], start=first):
                 assert ahead is not None
                 clock = _Clock(self._plan.device)
@@ -139,7 +139,7 @@ class Engine:
                     self._outside(outside.statistics())
             copies = [key for key in self._plan.checkpoint.tensors if key not in self._written]
             if self._plan.stage is None and self._done <= self._total:
-                self._writer.put(OUTSIDE, {}, {}, {}, copies)
+                self._writer.put(UnitResult(copies=copies))
         return self._records
 
     def _read(self, index: int) -> Arrival:
@@ -174,9 +174,9 @@ class Engine:
         main = stream(nullcontext, outside)
         if plan.propagates_quantized and plan.replays:
             self._reference = stream(outside.paused, None)
-        if plan.stage is None and self._ranks.is_first:
+        if plan.stage is None:
             passed = self._units[: self._last_pass + 1]
-            self._lens = stack.enter_context(closing(Lens(plan, self._model, passed, outside.paused)))
+            self._lens = stack.enter_context(closing(Lens(plan, self._model, passed, outside.paused, self._ranks)))
             self._lens.start(singles)
         # Every sample has passed the embeddings, which weigh as much as several units.
         self._loader.release_filled()
@@ -260,26 +260,30 @@ class Engine:
         """Hand on what was quantized and edited, also by earlier stages, and what of the unit is left to copy."""
         record = {"unit": unit, "seconds": clock.laps, **clock.memory, **outcome.record}
         self._records.append(record)
+        result = None
         if self._stage is not None:
             edits = edited_parameters(self._model, outcome.edited)
             self._stage.put(unit, outcome.modules, outcome.caches, edits, outcome.multipliers)
             clock.lap("write")
         elif self._ranks.is_first:
-            self._put(unit, index, clock, outcome, left, stored, record)
+            result = self._result(unit, outcome, left, stored)
+            self._writer.wait()
+            clock.lap("write")
+        if self._lens is not None and self._ends_measurement(index):
+            if result is not None:
+                result.arrived()
+            self._loader.release(self._names(index))  # its place is for the head
+            record["kl"] = self._lens.measure()
+            self._loader.release_filled()
+            clock.lap(_KL)
+        if result is not None:
+            self._put(index, result, outcome, record)
         if unit and not self._ends_measurement(index):
             self._loader.release(self._names(index))
         self._plan.session.unit_finished(unit, self._held.started + index, self._held.total, record)
 
-    def _put(
-        self,
-        unit: str,
-        index: int,
-        clock: _Clock,
-        outcome: Outcome,
-        left: Left,
-        stored: Sequence[str],
-        record: dict[str, Any],
-    ) -> None:
+    def _result(self, unit: str, outcome: Outcome, left: Left, stored: Sequence[str]) -> UnitResult:
+        """What is written of a unit; it begins to leave the device."""
         quantized, places = {**left.modules, **outcome.modules}, {**left.caches, **outcome.caches}
         held = {f"{name}.{part}" for name in quantized for part in ("weight", "bias")}
         changed = (left.edited | outcome.edited) - held
@@ -288,20 +292,16 @@ class Engine:
             caches = {name: leaving.bring_module(one) for name, one in places.items()}
             edited = dict(stored_edits(self._plan, self._model, changed, leaving.bring))
         gone = self._replaced(modules, changed)
-        copies = [key for key in stored if key not in gone]
         self._written.update(stored, gone)
-        self._writer.wait()
-        clock.lap("write")
-        if self._lens is not None and self._ends_measurement(index):
-            leaving.wait()
-            self._loader.release(self._names(index))  # its place is for the head
-            record["kl"] = self._lens.measure()
-            self._loader.release_filled()
-            clock.lap(_KL)
+        copies = [key for key in stored if key not in gone]
+        return UnitResult(unit, modules, caches, edited, copies, sorted(changed), None, outcome.kept, leaving.wait)
+
+    def _put(self, index: int, result: UnitResult, outcome: Outcome, record: dict[str, Any]) -> None:
+        result.report = record
         if self._writer.debug:
-            leaving.wait()
-            write_unit(self._writer.path, index, modules, caches, outcome.observed, record)
-        self._writer.put(unit, modules, caches, edited, copies, sorted(changed), record, outcome.kept, leaving.wait)
+            result.arrived()
+            write_unit(self._writer.path, index, result.modules, result.caches, outcome.observed, record)
+        self._writer.put(result)
 
     def _ends_measurement(self, index: int) -> bool:
         """True for the last unit that samples pass, where KL per layer is read."""

@@ -33,6 +33,7 @@ from modelslim.inputs import cut_input, holds_media, model_inputs
 from modelslim.model_info import vocabularies
 from modelslim.open_model import main_tensor, tensors_in
 from modelslim.plan import Plan
+from modelslim.ranks import ALONE, Ranks
 from modelslim.runners.standing import in_place
 from modelslim.sampling import choose_samples, tokens_of
 from modelslim.suspended import SuspendedForward, compute
@@ -42,8 +43,10 @@ _GUIDE = 2  # tokens with which the ends are led through the units: many of them
 _BLOCK = 4096  # rows of a head's weight that are multiplied at once
 _ROWS = 8  # tokens whose log-probabilities are in memory at once
 
-Outputs = list[list[Any]]
-"""What a unit gave: of each forward, for each time that it called the unit."""
+_TEXTS = 2  # in a part: the parts, and so what is measured, do not depend on the number of ranks
+
+Outputs = dict[int, list[Any]]
+"""What a unit gave: by number of the part, for each time that its forward called the unit."""
 
 
 class Lens:
@@ -52,11 +55,14 @@ class Lens:
     What a unit gave is kept beside the result until the run is done, so that a run that is continued goes on with it.
     A fault of the model's code on the way ends the measurement, never the run; the report has it as a note.
 
+    Ranks share the texts, and call the methods together.
+
     Args:
         plan: the plan of the main stage.
         model: the run's model.
         passed: the units that samples pass, in order.
         around: opened while code of the model outside the units runs.
+        ranks: who shares the texts.
     """
 
     def __init__(
@@ -65,19 +71,22 @@ class Lens:
         model: nn.Module,
         passed: Sequence[str],
         around: Callable[[], AbstractContextManager[None]],
+        ranks: Ranks = ALONE,
     ) -> None:
         self._plan = plan
         self._model = model
         self._passed = list(passed)
         self._around = around
+        self._ranks = ranks
         self._vocabularies = vocabularies(model, plan.checkpoint.config)
         self._note = ""
-        self._ways: dict[str, list[SuspendedForward]] = {"float": [], "quantized": []}
+        self._ways: dict[str, dict[int, SuspendedForward]] = {"float": {}, "quantized": {}}
         self._ends: list[SuspendedForward] = []
         self._outputs: dict[str, Outputs] = {}
         self._guides: dict[str, list[Any]] = {}
         self._rows: dict[str, Tensor] = {}
-        self._counts = {"texts": 0, "tokens": 0, "positions": 0}
+        self._counts = {"texts": 0, "tokens": 0}
+        self._positions = 0
 
     def start(self, inputs: Sequence[Any]) -> None:
         """Let the texts run to their first unit; the embeddings are filled for it.
@@ -88,10 +97,13 @@ class Lens:
 
         def start() -> None:
             texts = self._texts(inputs)
-            self._counts |= {"texts": len(texts), "tokens": sum(map(tokens_of, texts))}
-            self._ways = {way: [self._forward(one) for one in batched(texts)] for way in ("float", "quantized")}
-            short = cut_input(texts[0], _GUIDE, 1)
-            self._ends = [self._forward(short) for _ in self._passed]
+            self._counts = {"texts": len(texts), "tokens": sum(map(tokens_of, texts))}
+            parts = [one for first in range(0, len(texts), _TEXTS) for one in batched(texts[first : first + _TEXTS])]
+            own = range(self._ranks.rank, len(parts), self._ranks.size)
+            self._ways = {way: {number: self._forward(parts[number]) for number in own} for way in self._ways}
+            if own:
+                short = cut_input(texts[0], _GUIDE, 1)
+                self._ends = [self._forward(short) for _ in self._passed]
 
         self._measure(start)
 
@@ -107,38 +119,54 @@ class Lens:
         """Let the others pass it with what takes the places of its linears and caches.
 
         Returns:
-            What a run that is continued behind this unit wants in ``pass_again``.
+            What a run that is continued behind this unit wants in ``pass_again``; empty at ranks that do not write.
         """
-        tensors: dict[int, Tensor] = {}
-        kept: list[Any] = []
 
         def go() -> None:
             with in_place(self._model, modules):
                 self._outputs["quantized"] = self._pass("quantized", self._passed[index])
             self._look(self._passed[index])
-            kept.append(take_apart(self._outputs, tensors))
+            take_apart(self._outputs, {})  # what could not be kept is a fault here
 
         self._measure(go)
+        everywhere = self._ranks.gather([{} if self._note else self._outputs, self._note])
+        self._note = next((note for _, note in everywhere if note), "")
+        if not self._ranks.is_first:
+            return b""
+        tensors: dict[int, Tensor] = {}
+        kept = take_apart([outputs for outputs, _ in everywhere], tensors)
         parts = {str(key): tensor.to("cpu").contiguous() for key, tensor in tensors.items()}
         content: bytes = safetensors.torch.save(parts, {"outputs": json.dumps(kept), "note": self._note})
         return content
 
     def pass_again(self, index: int, file: Path) -> None:
-        """Let all pass a unit that an earlier run has finished, with what it gave then."""
-        with explained(file), safetensors.safe_open(file, "pt") as kept:
-            said = kept.metadata()
-            tensors = {int(key): kept.get_tensor(key).to(self._plan.device) for key in kept.keys()}  # noqa: SIM118
+        """Let all pass a unit that an earlier run has finished, with what it gave then.
+
+        Args:
+            index: number of the unit.
+            file: what was kept for it; the first rank reads it.
+        """
+        said = self._ranks.share(self._kept(file) if self._ranks.is_first else None)
         self._note = self._note or said["note"]
 
         def go() -> None:
-            (self._outputs,) = (put_together(one, tensors) for one in json.loads(said["outputs"]))
+            self._outputs = {
+                way: {number: one for part in said["outputs"] for number, one in part[way].items() if number in own}
+                for way, own in self._ways.items()
+            }
             for way, outputs in self._outputs.items():
-                for forward, calls in zip(self._ways[way], outputs, strict=True):
+                for number, calls in outputs.items():
                     for output in calls:
-                        forward.send(deepcopy(output))
+                        self._ways[way][number].send(deepcopy(output))
             self._look(self._passed[index])
 
         self._measure(go)
+
+    def _kept(self, file: Path) -> dict[str, Any]:
+        with explained(file), safetensors.safe_open(file, "pt") as kept:
+            said = kept.metadata()
+            tensors = {int(key): kept.get_tensor(key).to(self._plan.device) for key in kept.keys()}  # noqa: SIM118
+        return {"outputs": put_together(json.loads(said["outputs"]), tensors), "note": said["note"]}
 
     def measure(self) -> dict[str, Any]:
         """The KL divergence behind each unit, for the report; what lies behind the last one is filled for it.
@@ -146,10 +174,11 @@ class Lens:
         Returns:
             ``texts``, ``tokens`` and ``positions`` that were compared, ``units``: nats by name, and ``notes``.
         """
-        found: dict[str, float] = {}
-        notes: list[str] = []
+        sums: dict[str, float] = {}
 
         def read() -> None:
+            if not self._ways["float"]:
+                return  # other ranks have all texts
             if not self._rows:
                 raise ModelError("no text enters a unit that gives hidden states")
             last = next(reversed(self._guides))
@@ -158,24 +187,35 @@ class Lens:
             most = max(1, KL_LOGITS // (max(self._vocabularies) * len(self._rows[last])))
             with self._exact_head():
                 for end, first in zip(self._ends, range(0, len(units), most), strict=False):
-                    found.update(self._read(end, last, units[first : first + most]))
+                    sums.update(self._read(end, last, units[first : first + most]))
 
         self._measure(read)
         self.close()
-        if self._note:
-            return {**self._counts, "units": {}, "notes": [self._note]}
+        everywhere = self._ranks.gather([sums, self._positions, self._note])
+        positions = sum(count for _, count, _ in everywhere)
+        counts = {**self._counts, "positions": positions}
+        if note := next((note for _, _, note in everywhere if note), ""):
+            return {**counts, "units": {}, "notes": [note]}
+        parts = [part for part, count, _ in everywhere if count]
+        found = {
+            # A sum of rounded terms may end below zero.
+            unit: float(f"{max(0.0, sum(part[unit] for part in parts) / positions):.4g}")
+            for unit in self._passed
+            if all(unit in part for part in parts)
+        }
+        notes = []
         missing = [unit for unit in self._passed if unit not in found]
         if missing:
             notes.append(f"{len(missing)} units, such as {missing[0]}, give nothing that the model's end could read")
         if len(self._passed) < len(self._plan.info.units):
             notes.append(f"nothing is calibrated behind {self._passed[-1]}, and no text passes what lies there")
-        return {**self._counts, "units": found, "notes": notes}
+        return {**counts, "units": found, "notes": notes}
 
     def close(self) -> None:
         """End all forwards."""
-        for forward in [*self._ends, *(one for forwards in self._ways.values() for one in forwards)]:
+        for forward in [*self._ends, *(one for forwards in self._ways.values() for one in forwards.values())]:
             forward.close()
-        self._ends, self._ways = [], {way: [] for way in self._ways}
+        self._ends, self._ways = [], {way: {} for way in self._ways}
 
     def _texts(self, inputs: Sequence[Any]) -> list[Any]:
         """Beginnings of a few calibration texts; of those that come with media the texts alone."""
@@ -197,12 +237,12 @@ class Lens:
 
     def _pass(self, way: str, unit: str) -> Outputs:
         """Compute a unit on what waits there, and let it go on, unless nothing behind it is wanted."""
-        found: Outputs = []
-        for forward in self._ways[way]:
-            found.append([])
+        found: Outputs = {}
+        for number, forward in self._ways[way].items():
+            calls = found[number] = []
             while forward.request is not None and forward.waits(unit):
                 output = compute(forward.request)
-                found[-1].append(deepcopy(output))
+                calls.append(deepcopy(output))
                 if unit == self._passed[-1]:
                     break
                 forward.send(output)
@@ -210,12 +250,14 @@ class Lens:
 
     def _look(self, unit: str) -> None:
         """Take what the end is going to read of a unit's outputs."""
-        calls = self._outputs["float"][0]
+        calls = next(iter(self._outputs["float"].values()), [])
         if not calls:
             return
         texts, length = main_tensor(calls[-1], unit).shape[:2]
         self._guides[unit] = [_short(output, texts, length) for output in calls]
-        read = {way: [self._states(one[-1], unit) for one in self._outputs[way]] for way in ("float", "quantized")}
+        read = {
+            way: [self._states(one[-1], unit) for one in self._outputs[way].values()] for way in ("float", "quantized")
+        }
         rows = [one for way in read.values() for one in way if one is not None]
         if len(rows) == sum(map(len, read.values())):
             self._rows[unit] = torch.cat(rows)
@@ -231,7 +273,7 @@ class Lens:
         return states[:, length // 2 :: step].flatten(0, 1)
 
     def _read(self, end: SuspendedForward, last: str, units: Sequence[str]) -> dict[str, float]:
-        """KL of the distributions that the end makes of float and quantized states of units, means in nats."""
+        """KL of the distributions that the end makes of float and quantized states of units, sums in nats."""
         halves = [self._rows.pop(unit).chunk(2) for unit in units]
         states = torch.cat([half[way] for way in (0, 1) for half in halves])
         is_whole = len(self._passed) == len(self._plan.info.units)
@@ -251,15 +293,15 @@ class Lens:
         if logits.shape[:-1].numel() != len(states):
             raise ModelError("what the model has behind its last unit does not treat tokens one by one")
         p, q = logits.reshape(len(states), -1).chunk(2)
-        positions = self._counts["positions"] = len(p) // len(units)
+        positions = self._positions = len(p) // len(units)
         found = {}
         for unit, start in zip(units, range(0, len(p), positions), strict=True):
             parts = [slice(row, row + _ROWS) for row in range(start, start + positions, _ROWS)]
-            total = sum(kl_sum(p[part].float().log_softmax(-1), q[part].float().log_softmax(-1)) for part in parts)
-            if not math.isfinite(total):
+            found[unit] = sum(
+                kl_sum(p[part].float().log_softmax(-1), q[part].float().log_softmax(-1)) for part in parts
+            )
+            if not math.isfinite(found[unit]):
                 raise ModelError("the model computes numbers that are not finite")
-            # A sum of rounded terms may end below zero.
-            found[unit] = float(f"{max(0.0, total / positions):.4g}")
         return found
 
     @contextmanager
