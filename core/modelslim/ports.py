@@ -22,8 +22,8 @@ from modelslim.wire import statistic_from, statistic_state, take_apart
 
 Kinds = frozenset[type[Statistic]]
 
-_GROUPS_HELD = 8  # their samples of rows weigh some megabytes each
-_BYTES_HELD = 32 << 20  # of groups with second moments, where one does not weigh more
+_ROUNDS_HELD = 8  # their samples of rows weigh some megabytes each
+_BYTES_HELD = 32 << 20  # of rounds with second moments, where one does not weigh more
 
 
 @dataclass
@@ -40,6 +40,19 @@ class _Part:
     experts: dict[str, dict[int, Port]] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
+    def add(self, part: _Part) -> None:
+        """Add what others showed, whose statistics are not used any more."""
+        _add_ports(self.ports, part.ports)
+        for name, ports in part.experts.items():
+            known = self.experts.setdefault(name, {})
+            for expert, port in ports.items():
+                if expert in known:
+                    _merge_port(known[expert], port)
+                else:
+                    known[expert] = port
+        for name, counts in part.tokens.items():
+            self.tokens[name] = _summed(self.tokens[name], counts) if name in self.tokens else counts
+
 
 class PortCollector:
     """Collects the statistics of one unit while its forward runs.
@@ -49,7 +62,7 @@ class PortCollector:
     linears of one port get the very same static scale. Every expert of a fused weight has a port of
     its own, which sees the tokens that came to it.
 
-    What a group of samples showed is merged into the whole when the group ends, group by group in their
+    What a group of samples showed is added to its block when the group ends, and a block to the whole, in their
     order, whichever rank has computed it: sums are the same to the bit for any number of ranks.
 
     Attributes:
@@ -74,9 +87,12 @@ class PortCollector:
                 self._experts[name] = [_expert_port(wanted, module.experts) for _ in range(module.experts)]
                 self.tokens[name] = [0] * module.experts
         self._part = _Part()
+        self._block = _Part()
         self._held: list[_Part] = []
+        self._told = _Part()  # the block that ranks tell each other of
+        self._parts_told = 0
         self._is_heavy = any(kind.heavy for kind in self._kinds)
-        self._groups_at_once = 1 if self._is_heavy else _GROUPS_HELD
+        self._rounds_at_once = 1 if self._is_heavy else _ROUNDS_HELD
         # By identity and version of the tensor, which is kept so that no other can take its identity.
         self._seen: dict[tuple[int, int], tuple[Tensor, list[Port]]] = {}
         self._handles: list[RemovableHandle] = []
@@ -96,30 +112,57 @@ class PortCollector:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        self.end_group()
+        self._end()
 
     def next_sample(self) -> None:
         """Forget which tensors the last forward showed."""
         self._seen.clear()
 
     def end_group(self) -> None:
-        """Merge what a group of samples showed."""
-        self._merge(self._take_part())
+        """Add what a group of samples showed to its block."""
+        self._seen.clear()
+        part, self._part = self._part, _Part()
+        self._block.add(part)
 
-    def hold_group(self) -> None:
-        """Keep what a group showed until ranks exchange it."""
-        self._held.append(self._take_part())
+    def end_block(self) -> None:
+        """Add a block to the whole."""
+        for block in (self._block, self._told):
+            _add_ports(self._ports, block.ports)
+            for name, ports in block.experts.items():
+                for expert, port in ports.items():
+                    _merge_port(self._experts[name][expert], port)
+            for name, counts in block.tokens.items():
+                self.tokens[name] = _summed(self.tokens[name], counts)
+        self._block, self._told, self._parts_told = _Part(), _Part(), 0
 
-    def exchange(self, ranks: Ranks) -> None:
-        """Merge the groups that all ranks hold, as many at each: the first of each rank, then the second of each."""
+    def hold(self) -> None:
+        """Keep what the groups of a round showed until ranks exchange it."""
+        self._held.append(self._block)
+        self._block = _Part()
+
+    def exchange(self, ranks: Ranks, parts: int) -> None:
+        """Add what all ranks hold, as much at each: the first round of each rank, then the second of each.
+
+        Args:
+            ranks: who shares the samples.
+            parts: how many of these make up a block.
+        """
         if self._needs:
             self._condense()
             everywhere = ranks.gather([self._state(part) for part in self._held])
             self._weigh(everywhere)
             for states in zip(*everywhere, strict=True):
                 for state in states:
-                    self._merge(self._part_from(state))
+                    self._told.add(self._part_from(state))
+                    self._parts_told += 1
+                    if self._parts_told == parts:
+                        self.end_block()
         self._held.clear()
+
+    def _end(self) -> None:
+        """Nothing more is measured."""
+        self.end_group()
+        self.end_block()
 
     def _condense(self) -> None:
         """Leave of the groups that are held what is kept of them together."""
@@ -136,22 +179,22 @@ class PortCollector:
             type(found[0]).condense(found)
 
     @property
-    def groups_at_once(self) -> int:
-        """How many groups are held before they are exchanged, which makes ranks wait for each other.
+    def rounds_at_once(self) -> int:
+        """How many rounds are held before they are exchanged, which makes ranks wait for each other.
 
         The same at all ranks, which tell from what they exchanged last.
         """
-        return self._groups_at_once
+        return self._rounds_at_once
 
     def _weigh(self, everywhere: Sequence[Sequence[Any]]) -> None:
-        """Hold as many heavy groups from now on as weigh little."""
+        """Hold as many heavy rounds from now on as weigh little."""
         if self._is_heavy:
             tensors: list[dict[int, Tensor]] = []
             for state in chain.from_iterable(everywhere):
                 tensors.append({})
                 take_apart(state, tensors[-1])
             most = max(sum(one.nbytes for one in found.values()) for found in tensors)
-            self._groups_at_once = min(max(_BYTES_HELD // max(most, 1), 1), _GROUPS_HELD)
+            self._rounds_at_once = min(max(_BYTES_HELD // max(most, 1), 1), _ROUNDS_HELD)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -183,7 +226,7 @@ class PortCollector:
 
     def statistics(self) -> UnitStatistics:
         """What was measured. A linear that no token reached has statistics that saw nothing."""
-        self.end_group()
+        self._end()
         for name, kinds in self._needs.items():
             if name not in self._experts:
                 self._ports.setdefault(name, {kind: kind() for kind in kinds})
@@ -212,7 +255,7 @@ class PortCollector:
                 return
             x, counts = args
             tokens = self._part.tokens.setdefault(name, [0] * len(counts))
-            self._part.tokens[name] = [known + count for known, count in zip(tokens, counts, strict=True)]
+            self._part.tokens[name] = _summed(tokens, counts)
             ports = self._part.experts.setdefault(name, {})
             for expert, rows in enumerate(x[: sum(counts)].split(counts)):
                 if len(rows):
@@ -228,25 +271,6 @@ class PortCollector:
         kinds = self._needs[name]
         leader = next((port for port in known if kinds <= port.keys()), None)
         return {kind: kind() for kind in kinds} if leader is None else leader
-
-    def _take_part(self) -> _Part:
-        self._seen.clear()
-        part, self._part = self._part, _Part()
-        return part
-
-    def _merge(self, part: _Part) -> None:
-        """Add what a group showed."""
-        for names, port in _by_port(part.ports):
-            known = list({id(one): one for name in names if (one := self._ports.get(name)) is not None}.values())
-            for one in known:
-                _merge_port(one, port)
-            for name in names:
-                self._ports.setdefault(name, known[0] if known else port)
-        for name, ports in part.experts.items():
-            for expert, port in ports.items():
-                _merge_port(self._experts[name][expert], port)
-        for name, counts in part.tokens.items():
-            self.tokens[name] = [known + count for known, count in zip(self.tokens[name], counts, strict=True)]
 
     def _state(self, part: _Part) -> Any:
         """A part as a value that can be taken apart."""
@@ -280,6 +304,20 @@ def _by_port(ports: Mapping[str, Port]) -> list[tuple[list[str], Port]]:
     for name, port in ports.items():
         found.setdefault(id(port), ([], port))[0].append(name)
     return list(found.values())
+
+
+def _add_ports(ports: dict[str, Port], others: Mapping[str, Port]) -> None:
+    """Add ports of linears; those that are new are taken as they are."""
+    for names, port in _by_port(others):
+        known = list({id(one): one for name in names if (one := ports.get(name)) is not None}.values())
+        for one in known:
+            _merge_port(one, port)
+        for name in names:
+            ports.setdefault(name, known[0] if known else port)
+
+
+def _summed(counts: Sequence[int], others: Sequence[int]) -> list[int]:
+    return [one + other for one, other in zip(counts, others, strict=True)]
 
 
 def _merge_port(port: Port, other: Port) -> None:

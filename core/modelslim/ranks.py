@@ -206,37 +206,6 @@ def joined(rank: int, size: int, device: str, meeting: Path | None = None) -> It
         torch.distributed.destroy_process_group()
 
 
-def merge_order(tokens: Sequence[int], size: int) -> list[list[list[int]]]:
-    """Samples in the groups whose sums are added up one after the other, whoever computes them.
-
-    Args:
-        tokens: of each sample.
-        size: number of ranks.
-
-    Returns:
-        By rank the rounds, in each of which the rank works on one group: numbers of samples, none in the last
-        round of some. The groups do not depend on the number of ranks.
-    """
-    least = max(_GROUP, -(-sum(tokens) // _GROUPS))
-    groups: list[list[int]] = [[]]
-    weight = 0
-    for number, count in enumerate(tokens):
-        if weight >= least:
-            groups.append([])
-            weight = 0
-        groups[-1].append(number)
-        weight += count
-    rounds = -(-len(groups) // size)
-    groups += [[] for _ in range(rounds * size - len(groups))]
-    return [groups[rank::size] for rank in range(size)]
-
-
-_GROUP = 1024
-"""Tokens of a group at least: summing up second moments then costs little beside making them."""
-_GROUPS = 64
-"""Groups at most."""
-
-
 @contextmanager
 def _explained() -> Iterator[None]:
     """Say what a broken connection means."""

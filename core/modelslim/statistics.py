@@ -244,7 +244,7 @@ class ChannelEnergy(Statistic):
 class Gram(Statistic):
     """``X^T X`` of all tokens, which second-order rounding wants.
 
-    Only what lies on and above the diagonal is summed; the rest is its mirror image.
+    Only what lies on and above the diagonal is summed, sent and held; the rest is its mirror image.
 
     Attributes:
         total: float32 [channels], the sum of the tokens.
@@ -254,20 +254,22 @@ class Gram(Statistic):
     heavy = True
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None
-        self._is_mirrored = False
+        self._rows: list[Tensor] = []  # a block of rows each, from the diagonal on
+        self._whole: Tensor | None = None  # instead of them, once it was asked for
         self.total: Tensor | None = None
         self.tokens = 0
 
     @property
     def matrix(self) -> Tensor | None:
         """float32 [channels, channels], symmetric, the sum over tokens; None before the first one."""
-        if self._sums is not None and not self._is_mirrored:
-            for columns in range(0, len(self._sums), _COLUMNS):
-                beyond = columns + _COLUMNS
-                self._sums[beyond:, columns:beyond] = self._sums[columns:beyond, beyond:].t()
-            self._is_mirrored = True
-        return self._sums
+        if self._rows:
+            channels = self._rows[0].shape[1]
+            self._whole = self._rows[0].new_empty(channels, channels)
+            for rows, (start, stop) in zip(self._rows, _ranges(channels), strict=True):
+                self._whole[start:stop, start:] = rows
+                self._whole[stop:, start:stop] = rows[:, stop - start :].t()
+            self._rows = []
+        return self._whole
 
     def update(self, x: Tensor) -> None:
         """Add a batch."""
@@ -275,41 +277,57 @@ class Gram(Statistic):
             return
         with bfloat16_products(x):
             x = x.to(torch.float32)
-            if self._sums is None or self.total is None:
-                self._sums, self.total = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1])
-            for columns in range(0, x.shape[1], _COLUMNS):
-                some = x[:, columns : columns + _COLUMNS]
-                self._sums[columns : columns + _COLUMNS, columns:].addmm_(some.t(), x[:, columns:])
-            self.total += x.sum(0)
-        self._is_mirrored = False
+            rows = self._halved()
+            for index, (start, stop) in enumerate(_ranges(x.shape[1])):
+                if index < len(rows):
+                    rows[index].addmm_(x[:, start:stop].t(), x[:, start:])
+                else:
+                    rows.append(x[:, start:stop].t() @ x[:, start:])
+            self.total = x.sum(0) if self.total is None else self.total.add_(x.sum(0))
         self.tokens += len(x)
 
     def merge(self, other: Statistic) -> None:
         """Add what another instance saw."""
         assert isinstance(other, Gram)
-        if other._sums is None or other.total is None:
+        if other.total is None:
             return
-        if self._sums is None or self.total is None:
-            self._sums, self.total = other._sums.clone(), other.total.clone()
+        rows, others = self._halved(), other._halved()
+        if self.total is None:
+            self._rows, self.total = [one.clone() for one in others], other.total.clone()
         else:
-            self._sums += other._sums
+            for one, more in zip(rows, others, strict=True):
+                one += more
             self.total += other.total
-        self._is_mirrored = False
         self.tokens += other.tokens
 
     def rescaled(self, scale: Tensor, shift: Tensor | None = None) -> Gram:
         """The matrix after the rescaling; exact."""
         result = Gram()
         result.tokens = self.tokens
-        matrix, total = self.matrix, self.total
-        if matrix is not None and total is not None:
+        total = self.total
+        if total is None:
+            return result
+        for rows, (start, stop) in zip(self._halved(), _ranges(len(total)), strict=True):
+            part = rows
             if shift is not None:
-                outer = torch.outer(total, shift)
-                matrix = matrix - outer - outer.t() + self.tokens * torch.outer(shift, shift)
-                total = total - self.tokens * shift
-            result._sums = matrix / torch.outer(scale, scale)
-            result.total = total / scale
+                part = part - torch.outer(total[start:stop], shift[start:])
+                part -= torch.outer(shift[start:stop], total[start:])
+                part += self.tokens * torch.outer(shift[start:stop], shift[start:])
+            result._rows.append(part / torch.outer(scale[start:stop], scale[start:]))
+        result.total = (total if shift is None else total - self.tokens * shift) / scale
         return result
+
+    def _halved(self) -> list[Tensor]:
+        """Blocks of rows from the diagonal on."""
+        if self._whole is not None:
+            self._rows = [self._whole[start:stop, start:].clone() for start, stop in _ranges(len(self._whole))]
+            self._whole = None
+        return self._rows
+
+
+def _ranges(channels: int) -> list[tuple[int, int]]:
+    """Where blocks of channels begin and end."""
+    return [(start, min(start + _COLUMNS, channels)) for start in range(0, channels, _COLUMNS)]
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:

@@ -21,7 +21,6 @@ from modelslim.api import hookimpl
 from modelslim.costs import Layout, peaks, phases
 from modelslim.errors import ProtocolError, RankError
 from modelslim.plan import make_plan
-from modelslim.ranks import merge_order
 from modelslim.run import quantize
 
 VLM = Path(__file__).parents[1] / "models" / "qwen3-vl-moe-tiny"
@@ -321,15 +320,3 @@ def test_no_process_outlives_the_first_rank(
     if how != signal.SIGKILL:
         assert process.returncode == 130
         assert "interrupted" in said and "Traceback" not in said
-
-
-def test_groups_do_not_depend_on_the_number_of_ranks() -> None:
-    tokens = [300, 800, 20, 2000, 1, 1, 1024, 5, 900, 200]
-    expected = [[0, 1], [2, 3], [4, 5, 6], [7, 8, 9]]
-    for size in range(1, 7):
-        shares = merge_order(tokens, size)
-        rounds = {len(share) for share in shares}
-        assert len(shares) == size and rounds == {-(-4 // size)}
-        merged = [group for number in range(rounds.pop()) for share in shares if (group := share[number])]
-        assert merged == expected
-    assert len(merge_order([4096] * 1000, 1)[0]) == 63  # bounded, however many samples there are

@@ -21,10 +21,11 @@ from modelslim.edits import edited_parameters, stored_edits
 from modelslim.inputs import model_inputs
 from modelslim.loader import Loader
 from modelslim.memory import Trimmer
+from modelslim.merge_order import merge_order
 from modelslim.overlay import Left, StageWriter
 from modelslim.plan import Plan
 from modelslim.ports import PortCollector
-from modelslim.ranks import ALONE, Ranks, merge_order
+from modelslim.ranks import ALONE, Ranks
 from modelslim.report import peak_memory
 from modelslim.result import RunOutput, UnitResult
 from modelslim.runners.finished import FinishedUnits
@@ -155,11 +156,9 @@ class Engine:
         singles = model_inputs(plan.session, plan.samples, plan.device, plan.calib_length)
         # An algorithm that runs the unit itself counts samples.
         inputs = singles if plan.replays else batched(singles)
-        rounds = merge_order([tokens_of(one) for one in inputs], self._ranks.size)[self._ranks.rank]
-        numbers = [number for group in rounds for number in group]
-        place = {number: index for index, number in enumerate(numbers)}
+        order = merge_order([tokens_of(one) for one in inputs], self._ranks.size)
+        numbers = [number for groups in order.ranks[self._ranks.rank] for group in groups for number in group]
         own = [inputs[number] for number in numbers]
-        places = [[place[number] for number in group] for group in rounds]
         spill = make_spill(plan.costs.layout, self._writer.path, self._model, inputs, plan.device)
         if spill is not None:
             stack.enter_context(closing(spill))
@@ -167,7 +166,7 @@ class Engine:
         def stream(around: Callable[[], AbstractContextManager[None]], measured: PortCollector | None) -> Stream:
             forwards = Boundary(plan.session, self._model, own, self._units, around, spill)
             boundary = stack.enter_context(closing(forwards))
-            made = Stream(boundary, numbers, places, self._ranks, measured)
+            made = Stream(boundary, numbers, order, self._ranks, measured)
             made.start()
             return made
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from modelslim.activations import Boundary
 from modelslim.errors import CapabilityError
+from modelslim.merge_order import MergeOrder
 from modelslim.ports import PortCollector
 from modelslim.ranks import Ranks
 from modelslim.types import ProcessRequest
@@ -24,7 +25,7 @@ class Stream:
     Args:
         boundary: the samples of this rank.
         numbers: the number of each in the calibration set.
-        rounds: of which the groups of this rank consist, by place in ``boundary``; as many as on other ranks.
+        order: who sees which samples.
         ranks: who shares the samples.
         outside: measures what lies outside the units; None where that is not wanted.
     """
@@ -33,23 +34,27 @@ class Stream:
         self,
         boundary: Boundary,
         numbers: Sequence[int],
-        rounds: Sequence[Sequence[int]],
+        order: MergeOrder,
         ranks: Ranks,
         outside: PortCollector | None = None,
     ) -> None:
         self._boundary = boundary
         self._numbers = numbers
-        self._rounds = rounds
+        place = {number: index for index, number in enumerate(numbers)}
+        self._rounds = [[[place[one] for one in group] for group in groups] for groups in order.ranks[ranks.rank]]
+        self._parts = order.parts
         self._ranks = ranks
         self._outside = outside
 
     def start(self) -> None:
         """Let every sample run to its first unit."""
-        for number, group in enumerate(self._rounds):
-            for index in group:
-                self._boundary.start([index])
-                self._next_sample()
-            self._end_group(self._outside, number)
+        for number, groups in enumerate(self._rounds):
+            for group in groups:
+                for index in group:
+                    self._boundary.start([index])
+                    self._next_sample()
+                _end_group(self._outside)
+            self._end_round(self._outside, number)
 
     def run(self, unit: str, ports: PortCollector | None = None, resume: bool = True) -> int:
         """Let the samples pass a unit; see ``Boundary.run_unit``.
@@ -69,11 +74,14 @@ class Stream:
             self._next_sample()
 
         tokens = 0
-        for number, group in enumerate(self._rounds):
-            tokens += self._boundary.run_unit(unit, passed, resume, group)
-            self._end_group(ports, number)
-            if resume:
-                self._end_group(self._outside, number)
+        shown = [ports, self._outside] if resume else [ports]
+        for number, groups in enumerate(self._rounds):
+            for group in groups:
+                tokens += self._boundary.run_unit(unit, passed, resume, group)
+                for one in shown:
+                    _end_group(one)
+            for one in shown:
+                self._end_round(one, number)
         return self._sum(tokens)
 
     def measure(self, unit: str, ports: PortCollector | None = None, hold: bool = False) -> int:
@@ -88,9 +96,11 @@ class Stream:
                 ports.next_sample()
 
         tokens = 0
-        for number, group in enumerate(self._rounds):
-            tokens += self._boundary.measure_unit(unit, passed, hold, group)
-            self._end_group(ports, number)
+        for number, groups in enumerate(self._rounds):
+            for group in groups:
+                tokens += self._boundary.measure_unit(unit, passed, hold, group)
+                _end_group(ports)
+            self._end_round(ports, number)
         return self._sum(tokens)
 
     def awake(self) -> AbstractContextManager[None]:
@@ -109,19 +119,27 @@ class Stream:
         if self._outside is not None:
             self._outside.next_sample()
 
-    def _end_group(self, ports: PortCollector | None, number: int) -> None:
-        """What the group of a round showed is complete."""
+    def _end_round(self, ports: PortCollector | None, number: int) -> None:
+        """What the groups of a round showed is complete."""
         if ports is None:
             return
         if self._ranks.size == 1:
-            ports.end_group()
+            ports.end_block()
             return
-        ports.hold_group()
-        if (number + 1) % ports.groups_at_once == 0 or number + 1 == len(self._rounds):
-            ports.exchange(self._ranks)
+        ports.hold()
+        is_last = number + 1 == len(self._rounds)
+        if (number + 1) % ports.rounds_at_once == 0 or is_last:
+            ports.exchange(self._ranks, self._parts)
+        if is_last:
+            ports.end_block()
 
     def _sum(self, tokens: int) -> int:
         return sum(self._ranks.gather(tokens))
+
+
+def _end_group(ports: PortCollector | None) -> None:
+    if ports is not None:
+        ports.end_group()
 
 
 def gathered_calls(unit: ProcessRequest, calls: Mapping[int, Call], ranks: Ranks) -> list[Call]:
