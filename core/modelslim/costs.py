@@ -38,7 +38,7 @@ KERNEL_RATE = 2e8
 """Bytes of kernels that libraries prepare in a second."""
 KL_TOKENS, KL_POSITIONS = 32, 8
 """Of each text whose KL per layer is measured so many tokens are followed, and so many compared."""
-KL_LOGITS = 1 << 22
+KL_LOGITS = 1 << 23
 """Logits in memory at once, where one unit's are not more."""
 
 
@@ -281,11 +281,12 @@ def _units(job: Job, machine: Machine, layout: Layout) -> Phase:
 
 def _kl(job: Job, machine: Machine, layout: Layout) -> Phase:
     """The head reads float and quantized states behind every unit; the last unit has been released."""
-    rows = 2 * kl_texts(job.tokens) * KL_POSITIONS
+    texts = -(-kl_texts(job.tokens) // layout.ranks)
+    rows = 2 * texts * KL_POSITIONS
     count = sum(unit.count for unit in job.units)
     memory = {
         "head": job.head_bytes,
-        "logits": 4 * max(KL_LOGITS, rows * job.vocabulary),
+        "logits": 4 * min(max(KL_LOGITS, rows * job.vocabulary), count * rows * job.vocabulary),
         "states": count * rows * job.hidden_bytes,
         "codes": job.units[-1].values,
         # Of the last unit: what it held is not given back at once.
@@ -294,7 +295,7 @@ def _kl(job: Job, machine: Machine, layout: Layout) -> Phase:
         "fixed": FIXED_BYTES,
     }
     macs = count * rows * job.head_bytes // job.item_bytes
-    macs += 2 * kl_texts(job.tokens) * KL_TOKENS * sum(unit.count * unit.macs for unit in job.units)
+    macs += 2 * texts * KL_TOKENS * sum(unit.count * unit.macs for unit in job.units)
     seconds = job.head_bytes / machine.read + macs / machine.macs
     seconds += sum(unit.count * unit.linears for unit in job.units) * LINEAR_SECONDS
     return _phase("KL per layer", seconds, memory, _waiting(job, layout), layout, read=job.head_bytes)

@@ -23,6 +23,7 @@ from modelslim.registry import Registry
 from modelslim.saved import RunOptions, SavedModel, saved_caches, saved_linears
 from modelslim.saved_config import opened_as_float
 from modelslim.session import Session
+from modelslim.start import started
 
 _ROWS = 64  # tokens whose log-probabilities are in memory at once
 
@@ -91,6 +92,7 @@ def evaluate(
         if reference.units != quantized.units:
             raise ModelError(f"{path} and {float_path} are different models", hint="give the float model it came from")
         windows = _windows(reference.session, text, window, max_tokens, options.device)
+        started()
         for model in (reference, quantized):
             model.start(windows)
         for unit in reference.units[:-1]:

@@ -45,6 +45,7 @@ from modelslim.runners.choice import choose_runner
 from modelslim.sampling import choose_samples
 from modelslim.saver import PlannedModel, Saver
 from modelslim.session import Session
+from modelslim.start import started
 from modelslim.token_lengths import token_lengths
 from modelslim.types import Problem, QuantSpec, Topology
 from modelslim.vlm_dataset import read_vlm_samples
@@ -388,6 +389,7 @@ def make_plan(
     plan = replace(plan, prior=prior)
     for stage in plan.stages:
         _ = stage.costs  # refuses a budget that is too small
+    started()
     return plan
 
 

@@ -12,6 +12,8 @@ import sys
 import threading
 from pathlib import Path
 
+from modelslim.start import starting
+
 
 def main() -> int:
     """Do the task.
@@ -21,6 +23,7 @@ def main() -> int:
     """
     task = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
+    starting()
     from modelslim.devices import prepare_threads
 
     prepare_threads()

@@ -19,6 +19,7 @@ from modelslim.cli.logs import log_level, messages_of_others
 from modelslim.cli.output import Output
 from modelslim.cli.signals import orderly_end
 from modelslim.errors import UsageError, nearest
+from modelslim.start import started, starting
 
 COMMANDS: Mapping[str, str] = {
     "quant": "Quantize a model and write the result.",
@@ -101,6 +102,7 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     output = Output()
     output.command = ("modelslim", *arguments)
+    starting()
     try:
         output.level = log_level(os.environ)
         with messages_of_others(output), orderly_end():
@@ -114,6 +116,8 @@ def main(args: Sequence[str] | None = None) -> int:
             output.debug("".join(traceback.format_exception(error)).rstrip())
         output.error(error)
         return exit_code(error)
+    finally:
+        started()
     return code if isinstance(code, int) else DONE
 
 
