@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from modelslim import plan_costs
+from modelslim import memory, plan_costs
 from modelslim.costs import Layout, peaks, phases
 from modelslim.errors import UsageError
 from modelslim.machines import CPU
@@ -175,3 +175,48 @@ def test_the_fastest_layout_that_fits_is_taken(
     apart = phases(roomy.job, roomy.machine, Layout("device", ahead=False, separate=True))
     free["bytes"] = int(peaks(apart)["device"].device_bytes / 0.9) - 10  # too little even without reading ahead
     assert make_plan(tiny_llama, config, device="cpu").costs.layout.activations == "host"
+
+
+@pytest.mark.parametrize(
+    ("is_scarce", "trims"),
+    [
+        # What the first unit needs is usual; growth is given back, and what the next unit then needs is usual.
+        (False, [False, False, True, False, False, True]),
+        # All that has come together is given back, from the first look on.
+        (True, [True, True, True, True, True, True]),
+    ],
+)
+def test_freed_memory_is_given_back_where_it_grows_or_is_scarce(
+    is_scarce: bool, trims: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0
+    calls = 0
+
+    class Library:
+        @staticmethod
+        def mallopt(_option: int, _value: int) -> int:
+            assert not is_scarce
+            return 1
+
+        @staticmethod
+        def malloc_trim(_pad: int) -> int:
+            nonlocal now, calls
+            calls += 1
+            now = 100 << 20
+            return 1
+
+    monkeypatch.setattr(memory, "_gnu_library", Library)
+    monkeypatch.setattr(memory, "resident_memory", lambda _field: now)
+    trimmer = memory.Trimmer(is_scarce=is_scarce)
+    found = []
+    for held in (200, 210, 220, 230, 240, 250):
+        now, before = held << 20, calls
+        trimmer.look()
+        found.append(calls > before)
+    assert found == trims
+
+
+def test_where_another_library_is_in_use_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_gnu_library", lambda: None)
+    memory.Trimmer(is_scarce=True).look()
+    memory.Trimmer(is_scarce=False).look()

@@ -440,7 +440,7 @@ def test_at_most_two_units_are_on_the_device(
     plan = make_plan(path, config, device="cpu")
     unit = plan.costs.job.units[0].held_bytes
     done = [threading.Event() for _ in range(6)]
-    read, put = Loader.read_ahead, engine.Engine._put
+    read, write = Loader.read_ahead, engine.Engine._write
     order = iter(done)
 
     def read_ahead(loader: Loader, names: Sequence[str]) -> Arrival:
@@ -448,12 +448,12 @@ def test_at_most_two_units_are_on_the_device(
         next(order).set()
         return made
 
-    def put_late(self: Any, unit: str, index: int, *others: Any) -> None:
+    def write_late(self: Any, unit: str, index: int, *others: Any) -> None:
         assert done[min(index + 1, 5)].wait(60), "the next unit is read beside this one"
-        put(self, unit, index, *others)
+        write(self, unit, index, *others)
 
     monkeypatch.setattr(Loader, "read_ahead", read_ahead)
-    monkeypatch.setattr(engine.Engine, "_put", put_late)
+    monkeypatch.setattr(engine.Engine, "_write", write_late)
     quantize(path, tmp_path / "late", config, device="cpu")
     assert late.highest == 2 * unit
     assert late.held == 0
