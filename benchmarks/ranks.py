@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much faster two ranks on two cores are than one rank on one core; the results must have the same bytes.
 
-Start and plan, 4 to 5 s that no rank saves, are part of it. Runs alternate. Beside the time on the clock stands the CPU time of the busiest process, which says the same on
-a machine that does other things, too.
+Start and plan, 4 to 5 s that no rank saves, are part of it. Runs alternate. Beside the time on the clock stands the
+CPU time of the busiest process, which says the same on a machine that does other things, too.
 """
 
 from __future__ import annotations
