@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 _GROUP = 1024
 """Tokens of a group at least: summing up second moments then costs little beside making them."""
@@ -25,11 +26,11 @@ class MergeOrder:
     Attributes:
         ranks: by rank the rounds, as many at each: in each the groups of the rank, numbers of samples in each.
             In round r all that rank 0 sees comes before what rank 1 sees. Some have nothing to do in the last round.
-        parts: so many of what ranks tell each other, rank by rank and round by round, make up a block.
+        ends: with so many of what ranks tell each other, rank by rank and round by round, a block is complete.
     """
 
     ranks: list[list[list[list[int]]]]
-    parts: int
+    ends: frozenset[int]
 
 
 def merge_order(tokens: Sequence[int], size: int) -> MergeOrder:
@@ -39,21 +40,23 @@ def merge_order(tokens: Sequence[int], size: int) -> MergeOrder:
         tokens: of each sample.
         size: number of ranks.
     """
-    least = max(_GROUP, -(-sum(tokens) // _GROUPS))
+    enough = max(_GROUP, -(-sum(tokens) // _GROUPS))
     groups: list[list[int]] = [[]]
     weight = 0
     for number, count in enumerate(tokens):
-        if weight >= least:
+        if weight >= enough:
             groups.append([])
             weight = 0
         groups[-1].append(number)
         weight += count
-    per_block = -(-len(groups) // _BLOCKS)
-    blocks = [groups[first : first + per_block] for first in range(0, len(groups), per_block)]
+    count = min(len(groups), _BLOCKS)
+    least, more = divmod(len(groups), count)
+    starts = [least * number + min(number, more) for number in range(count + 1)]
+    blocks = [groups[start:stop] for start, stop in pairwise(starts)]
     # Whole blocks are told of less often, but may divide worse.
     most = max(sum(map(len, blocks[rank::size])) for rank in range(size))
     is_whole = most <= -(-len(groups) // size)
     rounds = blocks if is_whole else [[group] for group in groups]
-    count = -(-len(rounds) // size)
-    rounds += [[] for _ in range(count * size - len(rounds))]
-    return MergeOrder([rounds[rank::size] for rank in range(size)], 1 if is_whole else per_block)
+    ends = range(1, count + 1) if is_whole else starts[1:]
+    rounds += [[] for _ in range(-len(rounds) % size)]
+    return MergeOrder([rounds[rank::size] for rank in range(size)], frozenset(ends))

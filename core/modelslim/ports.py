@@ -126,26 +126,21 @@ class PortCollector:
 
     def end_block(self) -> None:
         """Add a block to the whole."""
-        for block in (self._block, self._told):
-            _add_ports(self._ports, block.ports)
-            for name, ports in block.experts.items():
-                for expert, port in ports.items():
-                    _merge_port(self._experts[name][expert], port)
-            for name, counts in block.tokens.items():
-                self.tokens[name] = _summed(self.tokens[name], counts)
-        self._block, self._told, self._parts_told = _Part(), _Part(), 0
+        block, self._block = self._block, _Part()
+        self._add(block)
 
     def hold(self) -> None:
         """Keep what the groups of a round showed until ranks exchange it."""
         self._held.append(self._block)
         self._block = _Part()
 
-    def exchange(self, ranks: Ranks, parts: int) -> None:
+    def exchange(self, ranks: Ranks, ends: frozenset[int], is_last: bool) -> None:
         """Add what all ranks hold, as much at each: the first round of each rank, then the second of each.
 
         Args:
             ranks: who shares the samples.
-            parts: how many of these make up a block.
+            ends: with so many of these a block is complete.
+            is_last: True when no more rounds follow; the next exchange counts anew.
         """
         if self._needs:
             self._condense()
@@ -155,9 +150,20 @@ class PortCollector:
                 for state in states:
                     self._told.add(self._part_from(state))
                     self._parts_told += 1
-                    if self._parts_told == parts:
-                        self.end_block()
+                    if self._parts_told in ends:
+                        block, self._told = self._told, _Part()
+                        self._add(block)
         self._held.clear()
+        if is_last:
+            self._parts_told = 0
+
+    def _add(self, block: _Part) -> None:
+        _add_ports(self._ports, block.ports)
+        for name, ports in block.experts.items():
+            for expert, port in ports.items():
+                _merge_port(self._experts[name][expert], port)
+        for name, counts in block.tokens.items():
+            self.tokens[name] = _summed(self.tokens[name], counts)
 
     def _end(self) -> None:
         """Nothing more is measured."""

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -37,13 +38,17 @@ def test_each_sample_is_seen_once_and_in_order(count: int, size: int) -> None:
     assert seen == [group for groups in alone.ranks[0] for group in groups]
     blocks = [len(groups) for groups in alone.ranks[0]]
     parts = [len(one[number]) for number in range(rounds) for one in order.ranks]
-    told = [sum(parts[first : first + order.parts]) for first in range(0, len(parts), order.parts)]
-    assert [one for one in told if one] == blocks
+    ends = sorted(order.ends)
+    assert [sum(parts[start:stop]) for start, stop in pairwise([0, *ends])] == blocks
+    assert not any(parts[ends[-1] :])
 
 
 def test_there_are_few_blocks_however_many_samples_there_are() -> None:
     order = merge_order([4096] * 1000, 1)
     assert [len(groups) for groups in order.ranks[0]] == [8] * 7 + [7]
+    for size in (2, 4, 8):
+        assert len(merge_order([3840] * 26, size).ends) == len(merge_order([3840] * 26, 1).ends) == 8
+        assert max(merge_order([3840] * 26, size).ends) == 8  # whole blocks
     many = merge_order([4096] * 1000, 64)
     assert max(sum(map(len, rounds)) for rounds in many.ranks) == 1  # and all of many ranks have something to do
 

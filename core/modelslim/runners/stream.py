@@ -42,7 +42,7 @@ class Stream:
         self._numbers = numbers
         place = {number: index for index, number in enumerate(numbers)}
         self._rounds = [[[place[one] for one in group] for group in groups] for groups in order.ranks[ranks.rank]]
-        self._parts = order.parts
+        self._ends = order.ends
         self._ranks = ranks
         self._outside = outside
 
@@ -129,9 +129,7 @@ class Stream:
         ports.hold()
         is_last = number + 1 == len(self._rounds)
         if (number + 1) % ports.rounds_at_once == 0 or is_last:
-            ports.exchange(self._ranks, self._parts)
-        if is_last:
-            ports.end_block()
+            ports.exchange(self._ranks, self._ends, is_last)
 
     def _sum(self, tokens: int) -> int:
         return sum(self._ranks.gather(tokens))
